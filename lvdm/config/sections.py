@@ -1,0 +1,365 @@
+"""The sections a run is made of. One YAML file is one run; a variant is one class in a union, told by ``kind``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from lvdm.config.base import Section
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class RunConfig(Section):
+    """Where the run lives and how long it takes."""
+
+    folder: str
+    """Folder of the run: config, logs, checkpoints. One folder holds one run."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of the data order, of every draw about a sample and of the weights' initialisation."""
+    resume: Literal["never", "auto", "must"] = "never"
+    """What to do with a run that the folder already holds: refuse it, go on if there is one, or demand one."""
+    init_from: str = ""
+    """Exported folder whose weights start this run (all names and shapes must fit); empty for none."""
+    steps: PositiveInt
+    """Length of the run in optimiser steps."""
+    log_every: PositiveInt = 10
+    """Steps between lines of the log."""
+    save_every: PositiveInt = 500
+    """Steps between checkpoints; one more is written at the end."""
+    keep: PositiveInt = 3
+    """Newest checkpoints kept; older ones are deleted once a newer one is verified."""
+    stall_timeout: Annotated[float, Field(gt=0)] = 1800
+    """Seconds without a finished step after which every rank prints its stacks and the run ends."""
+
+
+class BatchConfig(Section):
+    """Batch arithmetic: ``size`` = ``micro`` x ranks x accumulation, checked before anything starts."""
+
+    size: PositiveInt
+    """Samples of one optimiser step over all ranks."""
+    micro: PositiveInt
+    """Samples of one forward and backward on one rank."""
+
+
+class ClipConfig(Section):
+    """How a clip is cut out of a video."""
+
+    frames: PositiveInt = 16
+    """Frames of a clip."""
+    height: PositiveInt = 256
+    """Height of a clip in pixels."""
+    width: PositiveInt = 256
+    """Width of a clip in pixels."""
+    stride: PositiveInt = 1
+    """Video frames from one clip frame to the next."""
+    start: Literal["random", "first", "center"] = "random"
+    """Where in the video the clip starts."""
+    resize: Literal["crop", "squash"] = "crop"
+    """``crop``: scale the shorter side to fit and crop the centre; ``squash``: scale both sides, ignoring the aspect."""
+    flip: Fraction = 0.0
+    """Probability of mirroring a clip left to right."""
+
+
+class VideoSource(Section):
+    """Shards of videos with captions in video2dataset's layout."""
+
+    shards: Annotated[list[str], Field(min_length=1)]
+    """Folders (any fsspec URL) of indexed shards, read as one set."""
+    clip: ClipConfig = ClipConfig()
+    """How clips are cut."""
+
+
+class LatentSource(Section):
+    """Shards of pre-encoded latents and text states, as ``tools/encode_latents.py`` writes them."""
+
+    shards: Annotated[list[str], Field(min_length=1)]
+    """Folders (any fsspec URL) of indexed latent shards, read as one set."""
+
+
+class DataConfig(Section):
+    """What is read, in which order, by how many workers."""
+
+    kind: Literal["video", "latents", "stream"]
+    """``video``: decode indexed shards; ``latents``: read pre-encoded latents; ``stream``: webdataset's streaming
+    pipeline over ``video.shards`` (no index needed, resume not exact)."""
+    video: VideoSource | None = None
+    """The video shards, for kinds ``video`` and ``stream``."""
+    latents: LatentSource | None = None
+    """The latent shards, for kind ``latents``."""
+    workers: NonNegativeInt = 2
+    """Loader processes of one rank; 0 reads in the training process."""
+    prefetch: PositiveInt = 2
+    """Micro-batches that each worker holds ready."""
+    shuffle: bool = True
+    """Whether epochs are permuted; off reads in index order."""
+    text_dropout: Fraction = 0.1
+    """Probability that a caption is replaced by the empty one, which classifier-free guidance needs."""
+    max_bad_fraction: Fraction = 0.01
+    """Fraction of samples that may be replaced because their bytes are bad before the run stops."""
+
+    @model_validator(mode="after")
+    def _source_is_given(self) -> DataConfig:
+        wanted = "latents" if self.kind == "latents" else "video"
+        if getattr(self, wanted) is None:
+            raise ValueError(f"kind={self.kind} needs the section data.{wanted}")
+        return self
+
+
+class VideoAutoencoderConfig(Section):
+    """LVDM's 3-D convolutional autoencoder (``lvdm/models/video_autoencoder.py``)."""
+
+    kind: Literal["video_autoencoder"] = "video_autoencoder"
+    """Tells the class."""
+    hidden_channels: PositiveInt = 32
+    """Channels after the first convolution; each of the down blocks doubles them."""
+    downsample: tuple[PositiveInt, PositiveInt, PositiveInt] = (4, 8, 8)
+    """Factors by which time, height and width shrink; powers of two."""
+    latent_channels: PositiveInt = 4
+    """Channels of a latent."""
+    norm_groups: PositiveInt = 32
+    """Groups of the group norms; must divide ``2 * hidden_channels``."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> VideoAutoencoderConfig:
+        if any(factor & (factor - 1) for factor in self.downsample):
+            raise ValueError(f"downsample {self.downsample} must hold powers of two")
+        if (2 * self.hidden_channels) % self.norm_groups:
+            raise ValueError(f"norm_groups {self.norm_groups} must divide 2 * hidden_channels = {2 * self.hidden_channels}")
+        return self
+
+
+class TextUNetConfig(Section):
+    """LVDM's text-to-video UNet: Stable Diffusion's shape plus temporal attention (``lvdm/models/unet_text.py``)."""
+
+    kind: Literal["text_unet"] = "text_unet"
+    """Tells the class."""
+    latent_channels: PositiveInt = 4
+    """Channels of the latents it denoises."""
+    model_channels: PositiveInt = 320
+    """Channels at full latent resolution."""
+    channel_mult: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 4)
+    """Multiples of ``model_channels`` per level; each level but the last halves height and width."""
+    res_blocks: PositiveInt = 2
+    """Residual blocks per level."""
+    attention_levels: tuple[NonNegativeInt, ...] = (0, 1, 2)
+    """Levels (0 is full resolution) with a space-time transformer behind each residual block; the middle always has one."""
+    heads: PositiveInt = 8
+    """Attention heads; the head dimension is channels / heads."""
+    transformer_depth: PositiveInt = 1
+    """Transformer blocks in each space-time transformer."""
+    context_dim: PositiveInt = 768
+    """Channels of the text states."""
+    temporal_length: PositiveInt = 16
+    """Largest relative distance in frames that has its own position embedding; clips may be longer."""
+    relative_position: bool = True
+    """Relative position tables in temporal attention."""
+    norm_groups: PositiveInt = 32
+    """Groups of the group norms; must divide ``model_channels``."""
+    norm_over: Literal["clip", "frame"] = "clip"
+    """Whether group norm statistics run over all frames of a clip (LVDM) or over each frame alone."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> TextUNetConfig:
+        for multiple in self.channel_mult:
+            channels = self.model_channels * multiple
+            if channels % self.heads or channels % self.norm_groups:
+                raise ValueError(f"{channels} channels must be divisible by heads {self.heads} and norm_groups {self.norm_groups}")
+        if any(level >= len(self.channel_mult) for level in self.attention_levels):
+            raise ValueError(f"attention_levels {self.attention_levels} exceed the {len(self.channel_mult)} levels of channel_mult")
+        return self
+
+
+class OwnVAE(Section):
+    """A frozen autoencoder that lvdm trained and exported."""
+
+    kind: Literal["lvdm"]
+    """Tells the class."""
+    folder: str
+    """Exported folder (``model.safetensors`` and ``config.json``)."""
+    scaling: str = ""
+    """JSON file with ``scale`` and ``shift`` (``tools/encode_latents.py`` writes one, ``latents.json``); empty: 1 and 0."""
+
+
+class DiffusersVAE(Section):
+    """A frozen 2-D KL autoencoder of the diffusers library, applied to each frame."""
+
+    kind: Literal["diffusers"]
+    """Tells the class."""
+    name: str
+    """Folder or hub name."""
+    subfolder: str = ""
+    """Subfolder in it, such as ``vae``."""
+    scale: Annotated[float, Field(gt=0)] = 0.18215
+    """The UNet sees ``scale * (latent + shift)``."""
+    shift: float = 0.0
+    """See ``scale``."""
+
+
+VAEConfig = Annotated[OwnVAE | DiffusersVAE, Field(discriminator="kind")]
+
+
+class TextEncoderConfig(Section):
+    """A frozen text encoder of the transformers library (CLIP, T5, BERT-like)."""
+
+    name: str
+    """Folder, hub name, or ``package:NAME/PATH`` for a folder inside an installed Python package."""
+    subfolder: str = ""
+    """Subfolder in it, such as ``text_encoder``; its tokenizer is then looked for in ``tokenizer`` beside it."""
+    max_length: PositiveInt = 77
+    """Tokens kept of a caption."""
+    mask_padding: bool = True
+    """Whether cross-attention ignores padding. LVDM pads CLIP's 77 tokens and attends to all of them: false."""
+
+
+class DiffusionConfig(Section):
+    """The diffusion process and its training loss."""
+
+    timesteps: PositiveInt = 1000
+    """Steps of the forward process."""
+    schedule: Literal["scaled_linear", "linear", "cosine"] = "scaled_linear"
+    """Shape of the variances; ``scaled_linear`` is LVDM's and Stable Diffusion's (linear in the square root of beta)."""
+    beta_start: Annotated[float, Field(gt=0, lt=1)] = 0.00085
+    """First variance of the linear schedules."""
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.012
+    """Last variance of the linear schedules."""
+    zero_terminal_snr: bool = False
+    """Rescale the schedule so that the last step is pure noise (arXiv 2305.08891); not with ``eps``."""
+    parameterization: Literal["eps", "v", "x0", "flow"] = "eps"
+    """What the network predicts; ``flow`` is rectified flow and ignores the variances."""
+    loss: Literal["l1", "l2"] = "l2"
+    """Distance between prediction and target, averaged over C, T, H, W."""
+    min_snr_gamma: Annotated[float, Field(ge=0)] = 0.0
+    """Clamp of the signal-to-noise loss weight (arXiv 2303.09556); 0 weights all timesteps alike."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> DiffusionConfig:
+        if self.zero_terminal_snr and self.parameterization == "eps":
+            raise ValueError("zero_terminal_snr needs parameterization v or x0: pure noise says nothing about eps")
+        if self.parameterization == "flow" and (self.zero_terminal_snr or self.min_snr_gamma):
+            raise ValueError("zero_terminal_snr and min_snr_gamma have no meaning with parameterization=flow")
+        return self
+
+
+class ReconstructionConfig(Section):
+    """Losses of the video autoencoder."""
+
+    kl_weight: Annotated[float, Field(ge=0)] = 1e-6
+    """Weight of the KL divergence to the unit Gaussian (sum over a latent, mean over the batch). LVDM releases: 0."""
+
+
+class OptimConfig(Section):
+    """AdamW, its learning rate and the moving average of the weights."""
+
+    lr: Annotated[float, Field(gt=0)]
+    """Peak learning rate."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay of the first and second moments."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the denominator."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled weight decay."""
+    warmup_samples: NonNegativeInt = 0
+    """Samples over which the learning rate rises linearly from 0."""
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    """Course of the learning rate from the end of the warm-up to the end of the run."""
+    final_lr_fraction: Fraction = 0.0
+    """Learning rate at the end of the run over the peak; unused with ``constant``."""
+    clip_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Largest gradient norm; 0 for no clipping."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    """Decay of the moving average of the fp32 weights, warmed up as min(decay, (1+n)/(10+n)) at step n."""
+
+
+class EngineConfig(Section):
+    """How DeepSpeed spreads the work."""
+
+    zero_stage: int = 2
+    """ZeRO stage: 1 shards optimiser state, 2 gradients too, 3 weights too."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Precision of weights and activations; masters, moments, EMA and gradient accumulation are always fp32."""
+    offload_optimizer: bool = False
+    """Keep masters and optimiser state in host memory (stages 2 and 3)."""
+    activation_checkpointing: bool = True
+    """Recompute the activations of each block in the backward pass."""
+
+    @field_validator("zero_stage")
+    @classmethod
+    def _stage(cls, stage: int) -> int:
+        if stage == 0:
+            raise ValueError(
+                "stage 0 is refused: DeepSpeed steps on non-finite gradients there and has no fp32 accumulation for bf16; "
+                "use 1, which does the same work on one rank"
+            )
+        if stage not in (1, 2, 3):
+            raise ValueError(f"there is no ZeRO stage {stage}; use 1, 2 or 3")
+        return stage
+
+    @model_validator(mode="after")
+    def _fits(self) -> EngineConfig:
+        if self.offload_optimizer and self.zero_stage == 1:
+            raise ValueError("offload_optimizer needs zero_stage 2 or 3")
+        return self
+
+
+class ValidationConfig(Section):
+    """Loss on held-out samples, with the live and the averaged weights, at fixed noise."""
+
+    shards: list[str] = []
+    """Folders of the same kind as the training data; empty for no validation."""
+    every: PositiveInt = 500
+    """Steps between validations."""
+    samples: PositiveInt = 64
+    """Held-out samples used, the first ones of the index."""
+
+
+class TrainingConfig(Section):
+    """What every training run has."""
+
+    run: RunConfig
+    """Where the run lives and how long it takes."""
+    batch: BatchConfig
+    """Batch arithmetic."""
+    data: DataConfig
+    """What is read."""
+    optim: OptimConfig
+    """Optimiser, learning rate and EMA."""
+    engine: EngineConfig = EngineConfig()
+    """How DeepSpeed spreads the work."""
+    validation: ValidationConfig = ValidationConfig()
+    """Loss on held-out samples."""
+
+
+class AutoencoderTraining(TrainingConfig):
+    """Train the video autoencoder on video shards."""
+
+    task: Literal["autoencoder"]
+    """Tells the class."""
+    model: VideoAutoencoderConfig
+    """The autoencoder."""
+    loss: ReconstructionConfig = ReconstructionConfig()
+    """Its losses."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> AutoencoderTraining:
+        if self.data.kind == "latents":
+            raise ValueError("data.kind: the autoencoder trains on video or stream, not on latents")
+        return self
+
+
+class LatentDiffusionTraining(TrainingConfig):
+    """Train a UNet in the latent space of a frozen VAE."""
+
+    task: Literal["latent_diffusion"]
+    """Tells the class."""
+    model: TextUNetConfig
+    """The denoising network."""
+    diffusion: DiffusionConfig = DiffusionConfig()
+    """Process and loss."""
+    vae: VAEConfig
+    """The frozen autoencoder."""
+    text: TextEncoderConfig
+    """The frozen text encoder."""

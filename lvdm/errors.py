@@ -1,0 +1,60 @@
+"""What can go wrong, by who has to act, and how a command line reports it.
+
+Exit codes of every command:
+
+==  =========================================================================
+ 0  done
+ 2  bad input: a config, a file or a folder; the one line printed says what to do
+85  stopped early on purpose (signal or passing fault): start the same command again
+ 1  a fault of lvdm itself, with a traceback
+==  =========================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+EXIT_BAD_INPUT = 2
+EXIT_REQUEUE = 85
+
+
+class UserError(ValueError):
+    """Input that the user has to mend. The message is complete: what, where, and what to do."""
+
+
+class Requeue(Exception):
+    """The run stopped early in a good state; the same command with ``run.resume=auto`` goes on."""
+
+
+class BadSample(Exception):
+    """The bytes of one sample are proven bad: it is replaced, counted and listed, never silently dropped."""
+
+
+def rank_from_environment() -> int:
+    """Rank of this process as torchrun, deepspeed or SLURM tell it, before torch is imported (0 alone)."""
+    for name in ("RANK", "SLURM_PROCID"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0
+
+
+@contextlib.contextmanager
+def command_line(name: str) -> Iterator[None]:
+    """Run a main: a `UserError` becomes one line on stderr (from rank 0 alone) and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        _exit(f"{name}: error: {error}", EXIT_BAD_INPUT)
+    except Requeue as stop:
+        _exit(f"{name}: stopped: {stop}", EXIT_REQUEUE)
+    except KeyboardInterrupt:
+        _exit(f"{name}: interrupted", 130)
+
+
+def _exit(message: str, code: int) -> None:
+    if rank_from_environment() == 0:
+        print(message, file=sys.stderr, flush=True)
+    sys.exit(code)
