@@ -24,8 +24,8 @@ from lvdm.config.sections import (
     TextEncoderConfig,
     TextUNetConfig,
     TrainingConfig,
-    ValidationConfig,
     VAEConfig,
+    ValidationConfig,
     VideoAutoencoderConfig,
     VideoSource,
 )

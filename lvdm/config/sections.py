@@ -128,7 +128,9 @@ class VideoAutoencoderConfig(Section):
         if any(factor & (factor - 1) for factor in self.downsample):
             raise ValueError(f"downsample {self.downsample} must hold powers of two")
         if (2 * self.hidden_channels) % self.norm_groups:
-            raise ValueError(f"norm_groups {self.norm_groups} must divide 2 * hidden_channels = {2 * self.hidden_channels}")
+            raise ValueError(
+                f"norm_groups {self.norm_groups} must divide 2 * hidden_channels = {2 * self.hidden_channels}"
+            )
         return self
 
 
@@ -167,9 +169,13 @@ class TextUNetConfig(Section):
         for multiple in self.channel_mult:
             channels = self.model_channels * multiple
             if channels % self.heads or channels % self.norm_groups:
-                raise ValueError(f"{channels} channels must be divisible by heads {self.heads} and norm_groups {self.norm_groups}")
+                raise ValueError(
+                    f"{channels} channels must be divisible by heads {self.heads} and norm_groups {self.norm_groups}"
+                )
         if any(level >= len(self.channel_mult) for level in self.attention_levels):
-            raise ValueError(f"attention_levels {self.attention_levels} exceed the {len(self.channel_mult)} levels of channel_mult")
+            raise ValueError(
+                f"attention_levels {self.attention_levels} exceed the {len(self.channel_mult)} levels of channel_mult"
+            )
         return self
 
 

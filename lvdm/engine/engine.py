@@ -1,0 +1,126 @@
+"""A network under DeepSpeed ZeRO: forward, backward, step, averaged weights, and its state as named fragments."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+
+from lvdm.config import BatchConfig, EngineConfig, OptimConfig
+from lvdm.engine import fragments
+from lvdm.engine.deepspeed_config import accumulation_steps, deepspeed_config
+from lvdm.engine.distributed import Ranks
+from lvdm.engine.optim import STATE_KEYS, AdamWWithEMA
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimiser step did."""
+
+    applied: bool
+    """False where a non-finite gradient on any rank made all ranks skip the step."""
+    grad_norm: float
+    """Norm of the whole gradient before clipping; infinite where the step was skipped."""
+
+
+class Engine:
+    """``module`` trained by AdamW with EMA under ZeRO.
+
+    Call it like the module. One optimiser step is ``accumulation`` pairs of forward and `backward`, then `step`.
+    """
+
+    def __init__(
+        self, module: torch.nn.Module, config: EngineConfig, batch: BatchConfig, optim: OptimConfig, ranks: Ranks
+    ) -> None:
+        on_gpu = ranks.device.type == "cuda"
+        self.ranks = ranks
+        self.stage, self.precision = config.zero_stage, config.precision
+        self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self.accumulation = accumulation_steps(batch, ranks.world)
+        self.record = deepspeed_config(config, batch, optim, ranks.world, on_gpu)
+        self._adamw = AdamWWithEMA(module.parameters(), optim, fused=on_gpu and not config.offload_optimizer)
+        self._engine, self._zero, _, _ = deepspeed.initialize(
+            model=module, optimizer=self._adamw, config=self.record, dist_init_required=False
+        )
+        self.masters = fragments.masters(self._zero)
+        fragments.clear_padding(self.masters, self.fragments())
+        for master in self.masters:
+            self._adamw.materialize(master)
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The network itself."""
+        return self._engine.module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward pass of the network."""
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate the gradient of ``loss`` (the mean over a micro-batch) over micro-batches and ranks."""
+        self._engine.backward(loss)
+
+    def step(self, lr: float) -> StepResult:
+        """Finish a micro-batch; after the last one of the step, update the weights with learning rate ``lr``."""
+        for group in self._zero.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return StepResult(self._engine.was_step_applied(), float("inf") if norm is None else float(norm))
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Compute with the moving average of the weights inside the block; exact and reversible (collective)."""
+        self._swap_average()
+        try:
+            yield
+        finally:
+            self._swap_average()
+
+    def _swap_average(self) -> None:
+        for master in self.masters:
+            average = self._adamw.state[master]["ema"]
+            kept = master.detach().clone()
+            master.data.copy_(average)
+            average.copy_(kept)
+        fragments.publish_masters(self._zero)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No gradients and eval mode inside the block."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
+
+    # State as named fragments: what checkpoints read and write.
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Full shape of every trainable parameter."""
+        return fragments.shapes(self.module)
+
+    def fragments(self) -> list[fragments.Fragment]:
+        """The pieces of parameters that this rank holds."""
+        return fragments.fragments(self._zero, self.module, self.ranks.rank)
+
+    def tensors(self, fragment: fragments.Fragment) -> dict[str, torch.Tensor]:
+        """Views of the fp32 master, both moments and the average of a fragment, by the name of their kind."""
+        state = self._adamw.state[fragment.master]
+        return {"master": fragment.of(fragment.master)} | {key: fragment.of(state[key]) for key in STATE_KEYS}
+
+    @property
+    def optimizer_step(self) -> int:
+        """Steps applied so far."""
+        return int(self._adamw.state[self.masters[0]]["step"])
+
+    def restored(self, optimizer_step: int) -> None:
+        """Take over what was written into `tensors` of all fragments, after ``optimizer_step`` applied steps."""
+        for master in self.masters:
+            self._adamw.state[master]["step"].fill_(optimizer_step)
+        fragments.publish_masters(self._zero)

@@ -1,0 +1,102 @@
+"""Where each parameter lies in DeepSpeed's flat fp32 masters: the one file that knows ZeRO's internals.
+
+Checked by the tests for DeepSpeed 0.19. In every stage a rank holds flat fp32 tensors ("masters"), each a concatenation
+of pieces of parameters. A `Fragment` names such a piece; optimiser state has the shape of its master, so one address
+serves weights, moments and average alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements ``[start, start + length)`` of the flattened parameter ``name``, held at ``offset`` of ``master``."""
+
+    name: str
+    start: int
+    length: int
+    master: torch.Tensor
+    offset: int
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """The view of this piece in ``flat``, which is the master itself or state of its shape."""
+        return flat.detach().narrow(0, self.offset, self.length)
+
+
+def masters(optimizer: Any) -> list[torch.Tensor]:
+    """The flat fp32 masters that this rank holds."""
+    match optimizer:
+        case DeepSpeedZeroOptimizer():
+            return list(optimizer.single_partition_of_fp32_groups)
+        case BF16_Optimizer():  # what stage 1 becomes with bf16 and fp32 accumulation
+            return list(optimizer.fp32_groups_flat_partition)
+        case DeepSpeedZeroOptimizer_Stage3():
+            return list(optimizer.fp32_partitioned_groups_flat)
+    raise TypeError(f"no ZeRO optimizer: {type(optimizer).__name__}")
+
+
+def fragments(optimizer: Any, module: torch.nn.Module, rank: int) -> list[Fragment]:
+    """All pieces of trainable parameters that this rank holds."""
+    names = {id(param): name for name, param in module.named_parameters() if param.requires_grad}
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        return list(_stage3_fragments(optimizer, names, rank))
+    flats = masters(optimizer)
+    found = []
+    for param in module.parameters():
+        mapping = getattr(param, "_hp_mapping", None)
+        if mapping is not None:
+            source, place = mapping.lp_fragment_address, mapping.hp_fragment_address
+            flat = flats[mapping.param_group_index]
+            found.append(Fragment(names[id(param)], source.start, source.numel, flat, place.start))
+    return found
+
+
+def _stage3_fragments(optimizer: Any, names: dict[int, str], rank: int) -> Iterator[Fragment]:
+    for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
+        offset = 0
+        for param in group:
+            per_rank = param.ds_tensor.ds_numel
+            start = rank * per_rank
+            length = min(per_rank, param.ds_numel - start)  # the last ranks hold padding
+            if length > 0:
+                yield Fragment(names[id(param)], start, length, flat, offset)
+            offset += per_rank
+
+
+def clear_padding(flats: Iterable[torch.Tensor], pieces: Sequence[Fragment]) -> None:
+    """Zero what no parameter owns: ZeRO-3 pads with uninitialised memory, whose NaNs would spread into the state."""
+    for flat in flats:
+        owned = torch.zeros_like(flat, dtype=torch.bool)
+        for piece in pieces:
+            if piece.master is flat:
+                piece.of(owned).fill_(True)
+        flat.data.masked_fill_(~owned, 0.0)
+
+
+def shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Full shape of every trainable parameter, also where ZeRO-3 has partitioned it."""
+    return {
+        name: tuple(getattr(param, "ds_shape", param.shape))
+        for name, param in module.named_parameters()
+        if param.requires_grad
+    }
+
+
+def publish_masters(optimizer: Any) -> None:
+    """Copy the masters into the weights the network computes with, on all ranks (collective)."""
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        optimizer.update_lp_params()
+        return
+    for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    if optimizer.persistent_parameters:  # small ones that ZeRO-3 keeps whole on every rank
+        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
