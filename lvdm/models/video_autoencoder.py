@@ -1,0 +1,165 @@
+"""LVDM's 3-D convolutional video autoencoder (arXiv 2211.13221, section 3.2; LVDM's release, after TATS).
+
+Shape letters: B batch, C channels, T frames, H height, W width; latents z have all of T, H, W divided by the factors.
+Convolutions are full 3-D kernels over replicated borders and not causal: a frame sees later frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lvdm.errors import UserError
+from lvdm.models.layers import GroupNorm, SameConv3d, SameConvTranspose3d
+
+Stride = tuple[int, int, int]
+
+
+def split_moments(moments_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log variance (clamped to -30..20) of the posterior, stacked along the channels."""
+    mean, logvar = moments_BCTHW.chunk(2, dim=1)
+    return mean, logvar.clamp(-30.0, 20.0)
+
+
+def sample_posterior(moments_BCTHW: Tensor, noise_BCTHW: Tensor) -> Tensor:
+    """``mean + std * noise``; ``noise_BCTHW`` is standard normal with the latent's shape."""
+    mean, logvar = split_moments(moments_BCTHW)
+    return mean + torch.exp(0.5 * logvar) * noise_BCTHW
+
+
+def block_strides(downsample: Sequence[int]) -> list[Stride]:
+    """Strides of the blocks, outermost first: block i halves an axis while ``2^i`` is below the axis' factor."""
+    return [
+        tuple(2 if factor > 2**i else 1 for factor in downsample)  # type: ignore[misc]
+        for i in range(max(downsample).bit_length() - 1)
+    ]
+
+
+class VideoAutoencoder(nn.Module):
+    """Encoder, Gaussian posterior and decoder of video clips."""
+
+    def __init__(
+        self,
+        *,
+        hidden_channels: int = 32,
+        downsample: Sequence[int] = (4, 8, 8),
+        latent_channels: int = 4,
+        norm_groups: int = 32,
+    ) -> None:
+        super().__init__()
+        self.downsample = tuple(downsample)
+        self.latent_channels = latent_channels
+        self.encoder = Encoder(hidden_channels, downsample, latent_channels, norm_groups)
+        self.quant_conv = nn.Conv3d(2 * latent_channels, 2 * latent_channels, 1)
+        self.post_quant_conv = nn.Conv3d(latent_channels, latent_channels, 1)
+        self.decoder = Decoder(hidden_channels, downsample, latent_channels, norm_groups)
+
+    def encode(self, frames_BCTHW: Tensor) -> Tensor:
+        """Posterior moments ``[B, 2 * latent_channels, T/ft, H/fh, W/fw]`` of RGB frames in -1..1.
+
+        Raises:
+            UserError: an axis is no multiple of its factor.
+        """
+        size = tuple(frames_BCTHW.shape[2:])
+        if any(axis % factor for axis, factor in zip(size, self.downsample, strict=True)):
+            raise UserError(
+                f"clips of frames x height x width {size} do not fit the autoencoder: "
+                f"each must be a multiple of {self.downsample}"
+            )
+        return self.quant_conv(self.encoder(frames_BCTHW))
+
+    def decode(self, z_BCTHW: Tensor) -> Tensor:
+        """RGB frames, about -1..1 (not clamped), of latents."""
+        return self.decoder(self.post_quant_conv(z_BCTHW))
+
+    def forward(self, frames_BCTHW: Tensor, noise_BCTHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruction from a posterior sample, and the posterior's mean and clamped log variance."""
+        moments_BCTHW = self.encode(frames_BCTHW)
+        mean_BCTHW, logvar_BCTHW = split_moments(moments_BCTHW)
+        return self.decode(sample_posterior(moments_BCTHW, noise_BCTHW)), mean_BCTHW, logvar_BCTHW
+
+    def remat_blocks(self) -> list[nn.Module]:
+        """The blocks that activation checkpointing wraps: each step of the resolution."""
+        return [*self.encoder.blocks, *self.decoder.blocks]
+
+
+class Encoder(nn.Module):
+    """Each block doubles the channels and halves what it is strided over."""
+
+    def __init__(self, hidden: int, downsample: Sequence[int], latent_channels: int, groups: int) -> None:
+        super().__init__()
+        self.conv_in = SameConv3d(3, hidden, 3)
+        self.blocks = nn.ModuleList()
+        channels = hidden
+        for stride in block_strides(downsample):
+            self.blocks.append(DownBlock(channels, 2 * channels, stride, groups))
+            channels *= 2
+        self.norm_out = GroupNorm(groups, channels, 1e-6, silu=True)
+        self.conv_out = SameConv3d(channels, 2 * latent_channels, 3)
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        x_BCTHW = self.conv_in(x_BCTHW)
+        for block in self.blocks:
+            x_BCTHW = block(x_BCTHW)
+        return self.conv_out(self.norm_out(x_BCTHW))
+
+
+class Decoder(nn.Module):
+    """Each block doubles what it is strided over; strides come in the encoder's order, as in LVDM, not mirrored."""
+
+    def __init__(self, hidden: int, downsample: Sequence[int], latent_channels: int, groups: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList()
+        strides = block_strides(downsample)
+        channels_in = latent_channels
+        for i, stride in enumerate(strides):
+            channels = hidden * 2 ** (len(strides) - i)
+            self.blocks.append(UpBlock(channels_in, channels, stride, groups))
+            channels_in = channels
+        self.conv_out = SameConv3d(channels_in, 3, 3)
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        for block in self.blocks:
+            x_BCTHW = block(x_BCTHW)
+        return self.conv_out(x_BCTHW)
+
+
+class DownBlock(nn.Module):
+    """A strided convolution and a residual block."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: Stride, groups: int) -> None:
+        super().__init__()
+        self.down = SameConv3d(channels_in, channels_out, 4, stride)
+        self.res = ResBlock3d(channels_out, groups)
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        return self.res(self.down(x_BCTHW))
+
+
+class UpBlock(nn.Module):
+    """A transposed convolution and two residual blocks."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: Stride, groups: int) -> None:
+        super().__init__()
+        self.up = SameConvTranspose3d(channels_in, channels_out, 4, stride)
+        self.res1 = ResBlock3d(channels_out, groups)
+        self.res2 = ResBlock3d(channels_out, groups)
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        return self.res2(self.res1(self.up(x_BCTHW)))
+
+
+class ResBlock3d(nn.Module):
+    """Two pre-normed convolutions and the identity."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = GroupNorm(groups, channels, 1e-6, silu=True)
+        self.conv1 = SameConv3d(channels, channels, 3)
+        self.norm2 = GroupNorm(groups, channels, 1e-6, silu=True)
+        self.conv2 = SameConv3d(channels, channels, 3)
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        return x_BCTHW + self.conv2(self.norm2(self.conv1(self.norm1(x_BCTHW))))
