@@ -59,7 +59,7 @@ class ClipConfig(Section):
     start: Literal["random", "first", "center"] = "random"
     """Where in the video the clip starts."""
     resize: Literal["crop", "squash"] = "crop"
-    """``crop``: scale the shorter side to fit and crop the centre; ``squash``: scale both sides, ignoring the aspect."""
+    """``crop``: scale the shorter side to fit, crop the centre; ``squash``: scale both sides, ignoring the aspect."""
     flip: Fraction = 0.0
     """Probability of mirroring a clip left to right."""
 
@@ -148,7 +148,7 @@ class TextUNetConfig(Section):
     res_blocks: PositiveInt = 2
     """Residual blocks per level."""
     attention_levels: tuple[NonNegativeInt, ...] = (0, 1, 2)
-    """Levels (0 is full resolution) with a space-time transformer behind each residual block; the middle always has one."""
+    """Levels (0 is full resolution) with a space-time transformer behind each residual block; the middle has one too."""
     heads: PositiveInt = 8
     """Attention heads; the head dimension is channels / heads."""
     transformer_depth: PositiveInt = 1
@@ -187,7 +187,7 @@ class OwnVAE(Section):
     folder: str
     """Exported folder (``model.safetensors`` and ``config.json``)."""
     scaling: str = ""
-    """JSON file with ``scale`` and ``shift`` (``tools/encode_latents.py`` writes one, ``latents.json``); empty: 1 and 0."""
+    """JSON file with ``scale`` and ``shift``, such as the ``latents.json`` of encoded latents; empty: 1 and 0."""
 
 
 class DiffusersVAE(Section):
@@ -227,7 +227,7 @@ class DiffusionConfig(Section):
     timesteps: PositiveInt = 1000
     """Steps of the forward process."""
     schedule: Literal["scaled_linear", "linear", "cosine"] = "scaled_linear"
-    """Shape of the variances; ``scaled_linear`` is LVDM's and Stable Diffusion's (linear in the square root of beta)."""
+    """Shape of the variances; ``scaled_linear``, LVDM's and Stable Diffusion's, is linear in the root of beta."""
     beta_start: Annotated[float, Field(gt=0, lt=1)] = 0.00085
     """First variance of the linear schedules."""
     beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.012
@@ -297,8 +297,8 @@ class EngineConfig(Section):
     def _stage(cls, stage: int) -> int:
         if stage == 0:
             raise ValueError(
-                "stage 0 is refused: DeepSpeed steps on non-finite gradients there and has no fp32 accumulation for bf16; "
-                "use 1, which does the same work on one rank"
+                "stage 0 is refused: there DeepSpeed steps on non-finite gradients and cannot accumulate bf16 gradients "
+                "in fp32; use 1, which does the same work on one rank"
             )
         if stage not in (1, 2, 3):
             raise ValueError(f"there is no ZeRO stage {stage}; use 1, 2 or 3")
@@ -314,7 +314,7 @@ class EngineConfig(Section):
 class ValidationConfig(Section):
     """Loss on held-out samples, with the live and the averaged weights, at fixed noise."""
 
-    shards: list[str] = []
+    shards: tuple[str, ...] = ()
     """Folders of the same kind as the training data; empty for no validation."""
     every: PositiveInt = 500
     """Steps between validations."""

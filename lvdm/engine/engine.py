@@ -14,6 +14,7 @@ from lvdm.config import BatchConfig, EngineConfig, OptimConfig
 from lvdm.engine import fragments
 from lvdm.engine.deepspeed_config import accumulation_steps, deepspeed_config
 from lvdm.engine.distributed import Ranks
+from lvdm.engine.fragments import Fragment
 from lvdm.engine.optim import STATE_KEYS, AdamWWithEMA
 
 
@@ -54,7 +55,8 @@ class Engine:
     @property
     def module(self) -> torch.nn.Module:
         """The network itself."""
-        return self._engine.module
+        module: torch.nn.Module = self._engine.module
+        return module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward pass of the network."""
@@ -105,11 +107,11 @@ class Engine:
         """Full shape of every trainable parameter."""
         return fragments.shapes(self.module)
 
-    def fragments(self) -> list[fragments.Fragment]:
+    def fragments(self) -> list[Fragment]:
         """The pieces of parameters that this rank holds."""
         return fragments.fragments(self._zero, self.module, self.ranks.rank)
 
-    def tensors(self, fragment: fragments.Fragment) -> dict[str, torch.Tensor]:
+    def tensors(self, fragment: Fragment) -> dict[str, torch.Tensor]:
         """Views of the fp32 master, both moments and the average of a fragment, by the name of their kind."""
         state = self._adamw.state[fragment.master]
         return {"master": fragment.of(fragment.master)} | {key: fragment.of(state[key]) for key in STATE_KEYS}
