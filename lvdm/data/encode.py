@@ -1,0 +1,31 @@
+"""Frames to H.264 in MP4, in memory."""
+
+from __future__ import annotations
+
+import io
+from fractions import Fraction
+
+import av
+import numpy as np
+
+
+def encode_mp4(frames_THWC: np.ndarray, fps: float, crf: int = 18) -> bytes:
+    """Encode uint8 RGB frames ``[T, H, W, 3]`` (H and W even) as H.264, yuv420p; equal frames give equal bytes.
+
+    Args:
+        fps: frames a second.
+        crf: x264's constant rate factor, 0 (lossless) to 51.
+    """
+    count, height, width, channels = frames_THWC.shape
+    assert frames_THWC.dtype == np.uint8 and channels == 3 and count > 0 and height % 2 == width % 2 == 0
+    stream = io.BytesIO()
+    with av.open(stream, "w", format="mp4") as container:
+        # one thread: the bytes do not depend on the machine
+        video = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        video.codec_context.thread_count = 1
+        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+        video.options = {"crf": str(crf), "preset": "veryfast"}
+        for frame in frames_THWC:
+            container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(video.encode())
+    return stream.getvalue()

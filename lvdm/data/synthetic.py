@@ -1,0 +1,132 @@
+"""Moving shapes: captioned clips made from nothing, for demos and tests of learning.
+
+A clip shows one shape in one colour moving one way on a plain background: "a red circle moves left on a blue background".
+The caption fixes shape, colour, motion and background; size, start, speed and shade vary from clip to clip.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+from lvdm.randomness import Purpose, generator, seed_from_text
+
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (220, 30, 30),
+    "green": (30, 180, 40),
+    "blue": (40, 60, 230),
+    "yellow": (240, 220, 30),
+    "magenta": (220, 40, 210),
+    "cyan": (30, 210, 220),
+}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "black": (12, 12, 12),
+    "gray": (125, 125, 125),
+    "white": (240, 240, 240),
+    "blue": (40, 60, 230),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+MOTIONS = ("left", "right", "up", "down", "in a circle")
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What the caption of a clip says."""
+
+    shape: str
+    color: str
+    motion: str
+    background: str
+
+
+def combinations() -> list[Combination]:
+    """All combinations, in a fixed order; the colour always differs from the background."""
+    return [
+        Combination(shape, color, motion, background)
+        for shape, color, motion, background in itertools.product(SHAPES, COLORS, MOTIONS, BACKGROUNDS)
+        if color != background
+    ]
+
+
+def caption(combination: Combination) -> str:
+    """The caption, such as "a red circle moves left on a blue background"."""
+    c = combination
+    return f"a {c.color} {c.shape} moves {c.motion} on a {c.background} background"
+
+
+def _held_out() -> tuple[Combination, ...]:
+    # a lattice: a tenth of the clips of every shape, colour, motion and background, and of nearly every pair of them
+    lattice = itertools.product(enumerate(SHAPES), enumerate(COLORS), enumerate(MOTIONS), enumerate(BACKGROUNDS))
+    return tuple(
+        Combination(shape, color, motion, background)
+        for (i, shape), (j, color), (k, motion), (m, background) in lattice
+        if color != background and (i + j + 2 * k + 3 * m) % 10 == 0
+    )
+
+
+HELD_OUT: tuple[Combination, ...] = _held_out()
+"""The tenth of the combinations that no training set contains."""
+
+
+def render(combination: Combination, seed: int, frames: int, size: int) -> np.ndarray:
+    """Draw one clip, uint8 RGB ``[T, H, W, 3]`` with ``H = W = size``.
+
+    ``seed`` draws size, start, speed and shade; the same arguments always give the same pixels.
+    """
+    rng = generator(seed, seed_from_text(caption(combination)), Purpose.SYNTHETIC)
+    radius = rng.uniform(0.18, 0.23)
+    shade, background_shade = rng.uniform(-18, 18, size=2)
+    x_T, y_T = _path(combination.motion, radius, frames, rng)
+    grid = (np.arange(size) + 0.5) / size
+    distance_THW = _distance(
+        combination.shape, grid[None, None, :] - x_T[:, None, None], grid[None, :, None] - y_T[:, None, None], radius
+    )
+    coverage_THWC = np.clip(0.5 - distance_THW * size, 0, 1)[..., None]  # one pixel of anti-aliasing
+    ink = np.clip(np.array(COLORS[combination.color]) + shade, 0, 255)
+    paper = np.clip(np.array(BACKGROUNDS[combination.background]) + background_shade, 0, 255)
+    return np.rint(coverage_THWC * ink + (1 - coverage_THWC) * paper).astype(np.uint8)
+
+
+def _path(motion: str, radius: float, frames: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Centre of the shape in each frame, x to the right and y down, both in units of the frame's side."""
+    low, high = radius, 1 - radius  # the shape stays inside
+    time_T = np.linspace(0, 1, frames)
+    if motion == "in a circle":
+        orbit = rng.uniform(0.18, min(0.25, 0.5 - radius))
+        x, y = rng.uniform(low + orbit, high - orbit, size=2)
+        angle_T = 2 * np.pi * (rng.random() + time_T)  # clockwise, once around
+        return x + orbit * np.cos(angle_T), y + orbit * np.sin(angle_T)
+    travel = rng.uniform(0.4, high - low)
+    start = rng.uniform(low, high - travel)
+    along_T = start + travel * time_T
+    across_T = np.full(frames, rng.uniform(low, high))
+    match motion:
+        case "right":
+            return along_T, across_T
+        case "left":
+            return 1 - along_T, across_T
+        case "down":
+            return across_T, along_T
+        case "up":
+            return across_T, 1 - along_T
+    raise ValueError(f"unknown motion {motion!r}")
+
+
+def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    """Signed distance to the outline of a shape at the origin, negative inside."""
+    x, y = np.broadcast_arrays(x, y)
+    match shape:
+        case "circle":
+            return np.hypot(x, y) - radius
+        case "square":
+            return np.maximum(abs(x), abs(y)) - 0.85 * radius
+        case "triangle":  # point up; the sides are the lines of an isosceles triangle as wide as it is high
+            side = (2 * abs(x) - (y + radius)) / np.sqrt(5)
+            return np.maximum(side, y - radius)
+        case "cross":
+            arm = 0.36 * radius
+            upright = np.maximum(abs(x) - arm, abs(y) - radius)
+            return np.minimum(upright, np.maximum(abs(y) - arm, abs(x) - radius))
+    raise ValueError(f"unknown shape {shape!r}")

@@ -1,0 +1,160 @@
+"""Write shards in video2dataset's layout: ``NNNNN.tar``, ``NNNNN.parquet`` and, last of all, ``NNNNN_stats.json``.
+
+A shard is complete when its stats file exists. Each file appears whole or not at all (a rename on a file system, a
+single put on an object store), and equal samples give equal tar bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import webdataset as wds
+from fsspec.implementations.local import LocalFileSystem
+
+Status = str  # success, failed_to_download or failed_to_subsample, as video2dataset calls them
+
+
+@dataclass(frozen=True)
+class ShardSample:
+    """One sample on its way into a shard."""
+
+    key: str
+    """Name of its members up to the first dot; unique in the set, without dots and slashes."""
+    members: Mapping[str, bytes]
+    """Bytes by extension, such as ``mp4`` and ``txt``; ``json`` is made from ``meta`` unless given."""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    """Metadata: the ``.json`` member and the row of the parquet file."""
+    status: Status = "success"
+    """Anything but ``success`` keeps the sample out of the tar; the parquet and stats files list it."""
+    error_message: str | None = None
+    """Why it failed."""
+
+
+@dataclass(frozen=True)
+class ShardStats:
+    """What ``NNNNN_stats.json`` says; the names are video2dataset's."""
+
+    count: int
+    successes: int
+    failed_to_download: int
+    failed_to_subsample: int
+    duration: float
+    """Seconds that writing took."""
+    bytes_downloaded: int
+    """Payload bytes in the tar."""
+    start_time: float
+    end_time: float
+    status_dict: dict[str, int]
+    """Samples by ``success`` or error message."""
+
+
+def sample_key(shard_id: int, index: int, samples_per_shard: int) -> str:
+    """video2dataset's key of sample ``index`` in shard ``shard_id``: digits that sort as the samples do."""
+    digits = len(str(max(samples_per_shard - 1, 1)))
+    return f"{shard_id * 10**digits + index:0{digits + 5}d}"
+
+
+def write_shard(folder: str, shard_id: int, samples: Iterable[ShardSample]) -> ShardStats:
+    """Write one shard into ``folder`` (any fsspec URL; made if missing) and return its stats.
+
+    ``samples`` is consumed as a stream; only metadata is held in memory. If it raises, no file of the shard is left.
+    """
+    start = time.time()
+    rows: list[dict[str, Any]] = []
+    statuses: Counter[str] = Counter()
+    messages: Counter[str] = Counter()
+    payload = 0
+    name = f"{folder.rstrip('/')}/{shard_id:05d}"
+    with atomic_file(f"{name}.tar") as path, open(path, "wb") as stream:
+        with wds.TarWriter(stream, encoder=False, mtime=0, user="lvdm", group="lvdm") as tar:
+            for sample in samples:
+                assert sample.key and not set(sample.key) & set("./\\"), sample.key
+                row = {**sample.meta, "key": sample.key, "status": sample.status, "error_message": sample.error_message}
+                rows.append(row)
+                statuses[sample.status] += 1
+                messages[sample.error_message or sample.status] += 1
+                if sample.status == "success":
+                    members = {"json": json.dumps(row, indent=4).encode(), **sample.members}
+                    payload += sum(map(len, members.values()))
+                    tar.write({"__key__": sample.key, **members})
+    with atomic_file(f"{name}.parquet") as path:
+        pq.write_table(_table(rows), path, row_group_size=100)
+    end = time.time()
+    stats = ShardStats(
+        count=len(rows),
+        successes=statuses["success"],
+        failed_to_download=statuses["failed_to_download"],
+        failed_to_subsample=statuses["failed_to_subsample"],
+        duration=end - start,
+        bytes_downloaded=payload,
+        start_time=start,
+        end_time=end,
+        status_dict=dict(messages),
+    )
+    with atomic_file(f"{name}_stats.json") as path:
+        Path(path).write_text(json.dumps(asdict(stats), indent=4), encoding="utf-8")
+    return stats
+
+
+@contextlib.contextmanager
+def atomic_file(url: str) -> Iterator[str]:
+    """A local path to write to, which becomes ``url`` (any fsspec URL) when the block ends, or nothing if it raises."""
+    fs, target = fsspec.core.url_to_fs(url)
+    local = isinstance(fs, LocalFileSystem)
+    folder = os.path.dirname(target)
+    if local:
+        os.makedirs(folder, exist_ok=True)
+    # beside the target, so that the rename stays on one file system; dot files are no shards
+    scratch = tempfile.mkdtemp(prefix=".writing-", dir=folder if local else None)
+    try:
+        path = os.path.join(scratch, os.path.basename(target))
+        yield path
+        if local:
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
+            os.replace(path, target)
+            _sync_folder(folder)
+        else:
+            fs.put_file(path, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _sync_folder(folder: str) -> None:
+    """Make a rename in ``folder`` survive a crash of the machine."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _table(rows: list[dict[str, Any]]) -> pa.Table:
+    """Rows as columns; nested values become JSON, and a column of mixed types becomes text."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {name: [_scalar(row.get(name)) for row in rows] for name in names}
+    return pa.table({name: _column(values) for name, values in columns.items()})
+
+
+def _scalar(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, dict | list | tuple) else value
+
+
+def _column(values: list[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return pa.array([None if value is None else str(value) for value in values])
