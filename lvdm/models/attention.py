@@ -35,7 +35,7 @@ def attend_relative(
 ) -> Tensor:
     """Attention over T with relative positions (Shaw et al., arXiv 1803.02155), ``[B, T, S, h, d]``.
 
-    ``logit_ij = q_i . (k_j + table_k[j - i]) / sqrt(d)`` and ``out_i = sum_j softmax(logit)_ij (v_j + table_v[j - i])``.
+    ``logit_ij = q_i . (k_j + table_k[j-i]) / sqrt(d)`` and ``out_i = sum_j softmax(logit)_ij (v_j + table_v[j-i])``.
     The terms of the tables are one matrix product per frame i over all pixels and heads at once, so nothing of size
     ``S * T * T * d`` ever exists; the softmax is fp32.
     """

@@ -19,7 +19,7 @@ def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
     functions of their inputs: no random state is kept.
     """
     for block in blocks:
-        block.forward = partial(_rematerialise, block.forward)  # type: ignore[method-assign]
+        block.forward = partial(_rematerialise, block.forward)
 
 
 def _rematerialise(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

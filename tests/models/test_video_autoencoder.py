@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lvdm.errors import UserError
+from lvdm.models.video_autoencoder import VideoAutoencoder, block_strides, sample_posterior, split_moments
+from tests.models.formula import expected, formula_input
+
+TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
+
+
+@torch.no_grad()
+def test_equals_the_reference(autoencoder):
+    want = expected("video_autoencoder")
+    frames = formula_input("ae.x", 2, 3, 4, 16, 16, scale=0.5)
+    noise = formula_input("ae.noise", 2, 4, 2, 4, 4)
+    moments = autoencoder.encode(frames)
+    reconstruction, mean, logvar = autoencoder(frames, noise)
+    torch.testing.assert_close(moments, want["moments"], **TOLERANCE)
+    torch.testing.assert_close(mean, want["moments"][:, :4], **TOLERANCE)
+    torch.testing.assert_close(logvar, want["logvar"], **TOLERANCE)
+    torch.testing.assert_close(sample_posterior(moments, noise), want["sample"], **TOLERANCE)
+    torch.testing.assert_close(reconstruction, want["recon_sample"], **TOLERANCE)
+
+
+@torch.no_grad()
+def test_decode_and_other_sizes_equal_the_reference(autoencoder):
+    want = expected("video_autoencoder")
+    decoded = autoencoder.decode(formula_input("ae.z", 2, 4, 2, 4, 4))
+    torch.testing.assert_close(decoded, want["decode_z"], **TOLERANCE)
+    moments = autoencoder.encode(formula_input("ae.x2", 1, 3, 8, 24, 32, scale=0.5))
+    torch.testing.assert_close(moments, want["moments_x2"], **TOLERANCE)
+
+
+def test_log_variance_is_clamped():
+    moments = torch.tensor([-100.0, 100.0, -50.0, 50.0]).reshape(1, 4, 1, 1, 1)
+    mean, logvar = split_moments(moments)
+    assert mean.flatten().tolist() == [-100.0, 100.0]
+    assert logvar.flatten().tolist() == [-30.0, 20.0]
+
+
+def test_strides_of_blocks():
+    assert block_strides((4, 8, 8)) == [(2, 2, 2), (2, 2, 2), (1, 2, 2)]
+    assert block_strides((1, 4, 2)) == [(1, 2, 2), (1, 2, 1)]
+
+
+@pytest.mark.parametrize("downsample", [(1, 2, 2), (4, 4, 2), (2, 8, 8)])
+def test_shapes_follow_the_factors(downsample):
+    model = VideoAutoencoder(hidden_channels=4, downsample=downsample, latent_channels=3, norm_groups=4)
+    frames = torch.zeros(1, 3, 4, 16, 24)
+    latent = (1, 3, 4 // downsample[0], 16 // downsample[1], 24 // downsample[2])
+    reconstruction, mean, _ = model(frames, torch.zeros(latent))
+    assert mean.shape == latent
+    assert reconstruction.shape == frames.shape
+
+
+def test_clip_that_does_not_fit_is_refused(autoencoder):
+    with pytest.raises(UserError, match=r"\(4, 18, 16\).*multiple of \(2, 4, 4\)"):
+        autoencoder.encode(torch.zeros(1, 3, 4, 18, 16))
+
+
+@torch.no_grad()
+def test_cast_to_bf16(autoencoder):
+    frames = formula_input("ae.x", 2, 3, 4, 16, 16, scale=0.5)
+    noise = formula_input("ae.noise", 2, 4, 2, 4, 4)
+    want, _, _ = autoencoder(frames, noise)
+    got, mean, _ = autoencoder.bfloat16()(frames.bfloat16(), noise.bfloat16())
+    assert got.dtype == mean.dtype == torch.bfloat16
+    assert (got.float() - want).norm() < 0.03 * want.norm()
