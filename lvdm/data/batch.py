@@ -36,7 +36,8 @@ class VideoBatch:
     """Bad samples that others stand in for; ``replaced[i].position`` is among ``positions``."""
 
     def __post_init__(self) -> None:
-        assert self.frames_BCTHW.dtype == torch.uint8 and self.frames_BCTHW.ndim == 5
+        assert self.frames_BCTHW.dtype == torch.uint8
+        assert self.frames_BCTHW.ndim == 5
         assert len(self.positions) == len(self.captions) == len(self.frames_BCTHW)
 
     def __len__(self) -> int:
@@ -64,7 +65,8 @@ class LatentBatch:
 
     def __post_init__(self) -> None:
         assert self.moments_BCTHW.dtype == self.text_BLD.dtype == torch.float32
-        assert self.text_mask_BL.dtype == torch.bool and self.text_mask_BL.shape == self.text_BLD.shape[:2]
+        assert self.text_mask_BL.dtype == torch.bool
+        assert self.text_mask_BL.shape == self.text_BLD.shape[:2]
         assert len(self.positions) == len(self.moments_BCTHW) == len(self.text_BLD)
 
     def __len__(self) -> int:

@@ -17,7 +17,10 @@ def encode_mp4(frames_THWC: np.ndarray, fps: float, crf: int = 18) -> bytes:
         crf: x264's constant rate factor, 0 (lossless) to 51.
     """
     count, height, width, channels = frames_THWC.shape
-    assert frames_THWC.dtype == np.uint8 and channels == 3 and count > 0 and height % 2 == width % 2 == 0
+    assert frames_THWC.dtype == np.uint8
+    assert channels == 3
+    assert count > 0
+    assert height % 2 == width % 2 == 0
     stream = io.BytesIO()
     with av.open(stream, "w", format="mp4") as container:
         # one thread: the bytes do not depend on the machine

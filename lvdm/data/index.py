@@ -10,8 +10,8 @@ members         list of (extension: int16 into the schema's metadata, offset, si
 width … duration  metadata where the sample's ``.json`` tells it, else null
 ==============  ========================================================================================
 
-The schema's metadata holds one JSON under ``lvdm``: format version, shards (name, size), extensions, and how many samples
-were left out because whoever wrote the shards recorded them as failed.
+The schema's metadata holds one JSON under ``lvdm``: format version, shards (name, size), extensions, and how many
+samples were left out because whoever wrote the shards recorded them as failed.
 """
 
 from __future__ import annotations
@@ -169,16 +169,21 @@ def write_index(folder: str) -> int:
                     for extension, (offset, size) in sample.members.items()
                 ]
                 rows.append(
-                    {"shard": number, "key": sample.key, "offset": sample.offset, "size": sample.size, "members": members}
+                    {
+                        "shard": number,
+                        "key": sample.key,
+                        "offset": sample.offset,
+                        "size": sample.size,
+                        "members": members,
+                    }
                     | _known_meta(sample.meta)
                 )
         shards.append({"name": name, "size": fs.size(path)})
     about = {"version": _VERSION, "shards": shards, "extensions": list(extensions), "left_out_as_failed": failed}
     schema = pa.schema(_COLUMNS, metadata={"lvdm": json.dumps(about)})
     table = pa.Table.from_pylist(rows, schema=schema)
-    with atomic_file(f"{folder}/{INDEX_NAME}") as target, pa.OSFile(target, "wb") as sink:
-        with pa.ipc.new_file(sink, schema) as writer:
-            writer.write_table(table, max_chunksize=_ROWS_PER_BATCH)
+    with atomic_file(f"{folder}/{INDEX_NAME}") as target, pa.ipc.new_file(target, schema) as writer:
+        writer.write_table(table, max_chunksize=_ROWS_PER_BATCH)
     return len(rows)
 
 
@@ -190,10 +195,8 @@ def _open_part(folder: str) -> _Part:
     fs, root = fsspec.core.url_to_fs(folder)
     path = f"{root}/{INDEX_NAME}"
     try:
-        if isinstance(fs, LocalFileSystem):
-            source = pa.memory_map(path)
-        else:
-            source = pa.BufferReader(fs.cat_file(path))
+        local = isinstance(fs, LocalFileSystem)
+        source = pa.memory_map(path) if local else pa.BufferReader(fs.cat_file(path))
         reader = pa.ipc.open_file(source)
         about = json.loads(reader.schema.metadata[b"lvdm"])
         if about["version"] != _VERSION or dict(zip(reader.schema.names, reader.schema.types, strict=True)) != _COLUMNS:
@@ -264,7 +267,9 @@ def _scan(stream: Any, url: str) -> Iterator[_Scanned]:
                     assert file is not None
                     current.meta = _json_object(file.read())
     except tarfile.TarError as error:
-        raise UserError(f"shard {url} is not a whole tar file ({error}); replace it, or remove it and index again") from None
+        raise UserError(
+            f"shard {url} is not a whole tar file ({error}); replace it, or remove it and index again"
+        ) from None
     if current is not None:
         yield current
 

@@ -18,7 +18,8 @@ _ROUNDS = 8  # each half is mixed four times
 
 def sample_at(position: int, size: int, seed: int, shuffle: bool) -> int:
     """Index, in a set of ``size`` samples, of the sample at ``position`` of the run (counted from 0)."""
-    assert position >= 0 and size > 0
+    assert position >= 0
+    assert size > 0
     epoch, place = divmod(position, size)
     if not shuffle:
         return place

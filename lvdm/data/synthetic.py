@@ -1,7 +1,7 @@
 """Moving shapes: captioned clips made from nothing, for demos and tests of learning.
 
-A clip shows one shape in one colour moving one way on a plain background: "a red circle moves left on a blue background".
-The caption fixes shape, colour, motion and background; size, start, speed and shade vary from clip to clip.
+A clip shows one shape in one colour moving one way on a plain background, as its caption says ("a red circle moves left
+on a blue background"); size, start, speed and shade vary from clip to clip.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def render(combination: Combination, seed: int, frames: int, size: int) -> np.nd
     coverage_THWC = np.clip(0.5 - distance_THW * size, 0, 1)[..., None]  # one pixel of anti-aliasing
     ink = np.clip(np.array(COLORS[combination.color]) + shade, 0, 255)
     paper = np.clip(np.array(BACKGROUNDS[combination.background]) + background_shade, 0, 255)
-    return np.rint(coverage_THWC * ink + (1 - coverage_THWC) * paper).astype(np.uint8)
+    frames_THWC: np.ndarray = np.rint(coverage_THWC * ink + (1 - coverage_THWC) * paper).astype(np.uint8)
+    return frames_THWC
 
 
 def _path(motion: str, radius: float, frames: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -117,16 +118,19 @@ def _path(motion: str, radius: float, frames: int, rng: np.random.Generator) -> 
 def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
     """Signed distance to the outline of a shape at the origin, negative inside."""
     x, y = np.broadcast_arrays(x, y)
+    distance: np.ndarray
     match shape:
         case "circle":
-            return np.hypot(x, y) - radius
+            distance = np.hypot(x, y) - radius
         case "square":
-            return np.maximum(abs(x), abs(y)) - 0.85 * radius
-        case "triangle":  # point up; the sides are the lines of an isosceles triangle as wide as it is high
+            distance = np.maximum(abs(x), abs(y)) - 0.85 * radius
+        case "triangle":  # isosceles, point up, as wide as it is high
             side = (2 * abs(x) - (y + radius)) / np.sqrt(5)
-            return np.maximum(side, y - radius)
+            distance = np.maximum(side, y - radius)
         case "cross":
             arm = 0.36 * radius
             upright = np.maximum(abs(x) - arm, abs(y) - radius)
-            return np.minimum(upright, np.maximum(abs(y) - arm, abs(x) - radius))
-    raise ValueError(f"unknown shape {shape!r}")
+            distance = np.minimum(upright, np.maximum(abs(y) - arm, abs(x) - radius))
+        case _:
+            raise ValueError(f"unknown shape {shape!r}")
+    return distance

@@ -78,18 +78,20 @@ def write_shard(folder: str, shard_id: int, samples: Iterable[ShardSample]) -> S
     messages: Counter[str] = Counter()
     payload = 0
     name = f"{folder.rstrip('/')}/{shard_id:05d}"
-    with atomic_file(f"{name}.tar") as path, open(path, "wb") as stream:
-        with wds.TarWriter(stream, encoder=False, mtime=0, user="lvdm", group="lvdm") as tar:
-            for sample in samples:
-                assert sample.key and not set(sample.key) & set("./\\"), sample.key
-                row = {**sample.meta, "key": sample.key, "status": sample.status, "error_message": sample.error_message}
-                rows.append(row)
-                statuses[sample.status] += 1
-                messages[sample.error_message or sample.status] += 1
-                if sample.status == "success":
-                    members = {"json": json.dumps(row, indent=4).encode(), **sample.members}
-                    payload += sum(map(len, members.values()))
-                    tar.write({"__key__": sample.key, **members})
+    # fixed owner and time: equal samples give equal bytes
+    how = {"encoder": False, "mtime": 0, "user": "lvdm", "group": "lvdm"}
+    with atomic_file(f"{name}.tar") as path, open(path, "wb") as stream, wds.TarWriter(stream, **how) as tar:
+        for sample in samples:
+            assert sample.key
+            assert not set(sample.key) & set("./\\"), sample.key
+            row = {**sample.meta, "key": sample.key, "status": sample.status, "error_message": sample.error_message}
+            rows.append(row)
+            statuses[sample.status] += 1
+            messages[sample.error_message or sample.status] += 1
+            if sample.status == "success":
+                members = {"json": json.dumps(row, indent=4).encode(), **sample.members}
+                payload += sum(map(len, members.values()))
+                tar.write({"__key__": sample.key, **members})
     with atomic_file(f"{name}.parquet") as path:
         pq.write_table(_table(rows), path, row_group_size=100)
     end = time.time()

@@ -1,0 +1,52 @@
+"""Read the bytes of a sample: one ranged read through fsspec, retried a bounded number of times."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import fsspec
+
+from lvdm.data.index import SampleRecord
+from lvdm.errors import Requeue, UserError
+
+ATTEMPTS = 5
+FIRST_PAUSE = 0.2
+"""Seconds before the second attempt, doubled for each one after it and jittered by half."""
+
+_GONE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_OURS = (TypeError, ValueError, ImportError, NotImplementedError)  # a fault of a call, which no retry mends
+
+
+def read_range(url: str, offset: int, size: int) -> bytes:
+    """Bytes ``[offset, offset + size)`` of ``url`` (any fsspec URL).
+
+    Raises:
+        UserError: the object is not there or may not be read.
+        Requeue: it could not be read whole in `ATTEMPTS` attempts.
+    """
+    fs, path = fsspec.core.url_to_fs(url)
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+        try:
+            data = fs.cat_file(path, start=offset, end=offset + size)
+            if len(data) != size:
+                raise OSError(f"{len(data)} bytes came instead of {size}")
+            return bytes(data)
+        except _GONE as error:
+            raise UserError(f"cannot read {url}: {type(error).__name__}; was the shard moved or deleted?") from None
+        except _OURS:
+            raise
+        except Exception as error:  # each store's client has error classes of its own
+            last = error
+    raise Requeue(f"cannot read bytes {offset}..{offset + size} of {url} after {ATTEMPTS} attempts: {last}")
+
+
+def read_sample(record: SampleRecord) -> dict[str, bytes]:
+    """The members of a sample by extension, in one read. Raises as `read_range` does."""
+    data = read_range(record.shard, record.offset, record.size)
+    return {
+        extension: data[offset - record.offset : offset - record.offset + size]
+        for extension, (offset, size) in record.members.items()
+    }
