@@ -50,6 +50,8 @@ class Manifest:
     """Optimiser steps that were applied."""
     clock: dict[str, Any]
     """State of the training loop, plain JSON."""
+    facts: dict[str, Any]
+    """What the task found out and users of the weights need, such as the scale of the latents."""
     config: dict[str, Any]
     """The resolved training config that wrote it."""
     written_by: dict[str, Any]

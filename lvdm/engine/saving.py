@@ -17,11 +17,21 @@ from lvdm.engine.engine import Engine
 from lvdm.errors import UserError
 
 
-def save(root: Path, engine: Engine, step: int, clock: dict[str, Any], config: dict[str, Any], keep: int) -> Path:
+def save(
+    root: Path,
+    engine: Engine,
+    step: int,
+    *,
+    clock: dict[str, Any],
+    facts: dict[str, Any],
+    config: dict[str, Any],
+    keep: int,
+) -> Path:
     """Write the checkpoint of ``step`` under ``root`` (collective). Complete or absent, whatever fails on the way.
 
     Args:
         clock: state of the training loop, plain JSON.
+        facts: what users of the weights need beyond the config, plain JSON.
         config: the resolved training config.
         keep: newest checkpoints that stay; older ones are deleted after this one is verified.
     Raises:
@@ -55,6 +65,7 @@ def save(root: Path, engine: Engine, step: int, clock: dict[str, Any], config: d
             step=step,
             optimizer_step=engine.optimizer_step,
             clock=clock,
+            facts=facts,
             config=config,
             written_by={
                 "ranks": ranks.world,

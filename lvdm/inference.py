@@ -1,0 +1,212 @@
+"""Use what training exported: load a folder, sample from it.
+
+from lvdm.inference import load
+model = load("exports/quickstart")
+clips_BTHWC = model.sample(["a red circle moves left on a blue background"], seeds=[0])
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lvdm.config import (
+    LatentDiffusionTraining,
+    OwnVAE,
+    TextUNetConfig,
+    VAEConfig,
+    VideoAutoencoderConfig,
+    parse_config,
+    parse_training_config,
+)
+from lvdm.diffusion.denoiser import Denoiser
+from lvdm.diffusion.guidance import classifier_free_guidance
+from lvdm.diffusion.samplers import Sampler, check_sampling, initial_noise
+from lvdm.diffusion.samplers import sample as run_sampler
+from lvdm.errors import UserError
+from lvdm.models.build import build_model
+from lvdm.models.frozen import (
+    DiffusersFrozenVAE,
+    FrozenTextEncoder,
+    FrozenVAE,
+    OwnFrozenVAE,
+    load_text_encoder,
+)
+from lvdm.weights.native import file_sha256, load_into, read_config
+
+VAE_FOLDER = "vae"
+"""Where an export carries its own autoencoder."""
+
+
+def frames_to_float(frames_BCTHW: torch.Tensor) -> torch.Tensor:
+    """uint8 frames as fp32 in -1..1."""
+    return frames_BCTHW.float() / 127.5 - 1
+
+
+def float_to_frames(frames_BCTHW: torch.Tensor) -> torch.Tensor:
+    """Frames in -1..1 as uint8 ``BTHWC``, truncated like LVDM's."""
+    return ((frames_BCTHW.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1)
+
+
+def own_vae_weights(config: OwnVAE) -> Path:
+    """The weights file of an exported autoencoder. Raises `UserError` if there is none."""
+    path = Path(config.folder) / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"vae.folder {config.folder} holds no exported autoencoder (model.safetensors is missing)")
+    return path
+
+
+def read_scaling(config: VAEConfig, default: tuple[float, float] = (1.0, 0.0)) -> tuple[float, float]:
+    """Scale and shift of the latents of a VAE: the UNet sees ``scale * (latent + shift)``. Raises `UserError`."""
+    if not isinstance(config, OwnVAE):
+        return config.scale, config.shift
+    if not config.scaling:
+        return default
+    try:
+        tree = json.loads(Path(config.scaling).read_text(encoding="utf-8"))
+        return float(tree["scale"]), float(tree["shift"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"vae.scaling {config.scaling} gives no scale and shift: {error}") from None
+
+
+def load_vae(
+    config: VAEConfig, device: torch.device, dtype: torch.dtype, scaling: tuple[float, float] | None = None
+) -> FrozenVAE:
+    """The frozen VAE that a config names, ready on ``device``.
+
+    Args:
+        scaling: scale and shift that override the config's.
+    Raises:
+        UserError: it cannot be found or read, or is no autoencoder.
+    """
+    if not isinstance(config, OwnVAE):
+        return DiffusersFrozenVAE.load(config, device, dtype)
+    scale, shift = scaling or read_scaling(config)
+    weights = own_vae_weights(config)
+    model_config = read_config(config.folder)["model"]
+    if model_config.get("kind") != "video_autoencoder":
+        raise UserError(f"vae.folder {config.folder} holds a {model_config.get('kind')}, not a video_autoencoder")
+    model = build_model(parse_config(VideoAutoencoderConfig, model_config, source=config.folder), seed=0)
+    load_into(model, config.folder)
+    return OwnFrozenVAE(model.to(device, dtype), scale=scale, shift=shift, fingerprint=file_sha256(weights))
+
+
+class TextToVideo:
+    """A text-to-video model with its autoencoder and text encoder."""
+
+    def __init__(
+        self,
+        config: LatentDiffusionTraining,
+        network: torch.nn.Module,
+        vae: FrozenVAE,
+        text: FrozenTextEncoder,
+        latent_shape: tuple[int, ...],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.config = config
+        self.network = network
+        self.vae = vae
+        self.text = text
+        self.latent_shape = latent_shape
+        self.device = device
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        negative_prompts: Sequence[str] | None = None,
+        steps: int = 50,
+        guidance: float = 7.5,
+        sampler: Sampler = "ddim",
+        eta: float = 0.0,
+        batch: int = 8,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> torch.Tensor:
+        """Sample one clip a prompt.
+
+        Args:
+            prompts: captions.
+            seeds: one a prompt; a clip depends on its own prompt and seed alone, up to rounding.
+            negative_prompts: what guidance leads away from; empty captions by default.
+            steps: sampler steps.
+            guidance: classifier-free guidance scale, 1 for none.
+            sampler: see `lvdm.diffusion.samplers.sample`.
+            eta: noise of DDIM, 0 (deterministic) to 1.
+            batch: clips sampled at once.
+            progress: called with (done, total) network steps.
+        Returns:
+            uint8 ``BTHWC`` on the CPU.
+        Raises:
+            UserError: the sampler, its steps or eta do not fit the model, or the numbers of prompts and seeds differ.
+        """
+        check_sampling(self.config.diffusion, sampler, steps, eta)
+        if len(seeds) != len(prompts):
+            raise UserError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}")
+        negatives = list(negative_prompts or [""] * len(prompts))
+        if len(negatives) != len(prompts):
+            raise UserError(f"{len(prompts)} prompts need as many negative prompts, not {len(negatives)}")
+        denoiser = Denoiser(self.network, self.config.diffusion, self.dtype)
+        clips = []
+        starts = range(0, len(prompts), batch)
+        for number, start in enumerate(starts):
+            part = slice(start, start + batch)
+            denoise = classifier_free_guidance(
+                denoiser, self._condition(prompts[part]), self._condition(negatives[part]), scale=guidance
+            )
+
+            def report(done: int, total: int, number: int = number) -> None:
+                if progress:
+                    progress(number * total + done, len(starts) * total)
+
+            z = run_sampler(
+                denoise,
+                initial_noise(seeds[part], self.latent_shape, self.device),
+                config=self.config.diffusion,
+                sampler=sampler,
+                steps=steps,
+                seeds=seeds[part],
+                eta=eta,
+                progress=report,
+            )
+            clips.append(float_to_frames(self.vae.decode(self.vae.denormalize(z).to(self.dtype))).cpu())
+        return torch.cat(clips)
+
+    def _condition(self, captions: Sequence[str]) -> dict[str, torch.Tensor | None]:
+        states, mask = self.text.encode(list(captions))
+        return {"text_BLD": states, "text_mask_BL": mask if self.config.text.mask_padding else None}
+
+
+def load(folder: str | Path, device: str | torch.device = "", dtype: torch.dtype = torch.float32) -> TextToVideo:
+    """Load an exported text-to-video folder.
+
+    Args:
+        folder: written by ``tools/export_checkpoint.py``.
+        device: by default the GPU if there is one.
+    Raises:
+        UserError: the folder, its autoencoder or its text encoder cannot be read.
+    """
+    folder = Path(folder)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tree: dict[str, Any] = read_config(folder)
+    if tree["model"].get("kind") != "text_unet":
+        raise UserError(f"{folder} holds a {tree['model'].get('kind')}; sampling needs a text_unet")
+    config = parse_training_config(tree["training"], source=str(folder))
+    assert isinstance(config, LatentDiffusionTraining)
+    facts = tree["facts"]
+    network = build_model(parse_config(TextUNetConfig, tree["model"], source=str(folder)), seed=0)
+    load_into(network, folder)
+    vae_config = config.vae
+    if isinstance(vae_config, OwnVAE) and (folder / VAE_FOLDER).is_dir():
+        vae_config = vae_config.model_copy(update={"folder": str(folder / VAE_FOLDER)})
+    vae = load_vae(vae_config, where, dtype, scaling=(facts["scale"], facts["shift"]))
+    text = load_text_encoder(config.text, where, dtype)
+    network.to(where, dtype).eval()
+    return TextToVideo(config, network, vae, text, tuple(facts["latent_shape"]), where, dtype)

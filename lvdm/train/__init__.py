@@ -1,0 +1,1 @@
+"""Training: the loop, its two tasks, and what a run leaves behind."""

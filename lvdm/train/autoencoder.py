@@ -1,0 +1,86 @@
+"""The autoencoder task: reconstruct clips through a small latent, with LVDM's losses but its adversarial one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+from lvdm.config import AutoencoderTraining
+from lvdm.data.batch import VideoBatch
+from lvdm.errors import UserError
+from lvdm.inference import float_to_frames, frames_to_float
+from lvdm.models.build import build_model
+from lvdm.randomness import Purpose, normal
+from lvdm.train.metrics import Sums
+
+_SHOWN = 6
+"""Clips in the picture of reconstructions."""
+
+
+class AutoencoderTask:
+    """Model and loss: mean absolute error of pixels in -1..1, plus the weighted KL divergence.
+
+    LVDM sums the error over the pixels of a frame and the divergence over a latent. Both are divided here by the number
+    of values in a frame (3 x H x W), so that the loss reads as an error per pixel; the minimum is the same.
+    """
+
+    def __init__(self, config: AutoencoderTraining, device: torch.device, dtype: torch.dtype) -> None:
+        """Raises `UserError` where clip and downsampling do not fit."""
+        self.config = config
+        self.device = device
+        self.dtype = dtype
+        assert config.data.video is not None
+        clip = config.data.video.clip
+        sides = (clip.frames, clip.height, clip.width)
+        if any(side % factor for side, factor in zip(sides, config.model.downsample, strict=True)):
+            raise UserError(
+                f"data.video.clip of {sides} frames, height and width is not divisible by model.downsample "
+                f"{config.model.downsample}"
+            )
+        grid = tuple(side // factor for side, factor in zip(sides, config.model.downsample, strict=True))
+        self.latent_shape = (config.model.latent_channels, *grid)
+        self._values_per_frame = 3 * clip.height * clip.width
+        self.model = build_model(config.model, config.run.seed)
+
+    def facts(self) -> dict[str, Any]:
+        """What users of this autoencoder need beyond its config; stored in checkpoints and exports."""
+        return {"latent_shape": list(self.latent_shape)}
+
+    def loss(self, network: Callable[..., Any], batch: VideoBatch) -> tuple[torch.Tensor, Sums]:
+        """Mean loss of a micro-batch, and what to report of it."""
+        frames = frames_to_float(batch.to(self.device).frames_BCTHW)
+        noise = torch.from_numpy(normal(self.config.run.seed, batch.positions, Purpose.POSTERIOR, self.latent_shape))
+        reconstruction, mean, logvar = network(frames.to(self.dtype), noise.to(self.device, self.dtype))
+        error = (reconstruction.float() - frames).abs().mean()
+        mean, logvar = mean.float(), logvar.float()
+        divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / len(batch)
+        loss = error + self.config.loss.kl_weight * divergence / self._values_per_frame
+        size = float(len(batch))
+        return loss, {"loss": (loss * size, size), "l1": (error * size, size), "kl": (divergence * size, size)}
+
+    @torch.no_grad()
+    def validate(
+        self, network: Callable[..., Any], batches: Iterable[VideoBatch], samples: int
+    ) -> tuple[Sums, np.ndarray | None]:
+        """Error of reconstructions from the posterior mean, and a picture: clips above their reconstructions."""
+        rows: list[np.ndarray] = []
+        squared = absolute = torch.zeros((), device=self.device)
+        count = 0
+        for batch in batches:
+            frames = frames_to_float(batch.to(self.device).frames_BCTHW)
+            no_noise = torch.zeros(len(batch), *self.latent_shape, device=self.device, dtype=self.dtype)
+            reconstruction, _, _ = network(frames.to(self.dtype), no_noise)
+            difference = reconstruction.float().clamp(-1, 1) - frames
+            # PSNR counts signals of width 1, pixels here have width 2.
+            squared = squared + (difference / 2).square().flatten(1).mean(1).clamp(min=1e-10).log10().mul(-10).sum()
+            absolute = absolute + difference.abs().flatten(1).mean(1).sum()
+            count += len(batch)
+            if len(rows) < _SHOWN:
+                pair_B = torch.cat([frames, reconstruction.float()], dim=3)  # stacked along H
+                shown = float_to_frames(pair_B)[: _SHOWN - len(rows)]
+                rows += [np.concatenate(list(clip_THWC[::2]), axis=1) for clip_THWC in shown.cpu().numpy()]
+        picture = np.concatenate(rows, axis=0) if rows else None
+        return {"psnr": (squared, float(count)), "l1": (absolute, float(count))}, picture

@@ -1,0 +1,146 @@
+"""The latent diffusion task: a UNet learns to denoise the latents of a frozen VAE, given text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lvdm.config import LatentDiffusionTraining, OwnVAE
+from lvdm.data.batch import LatentBatch, VideoBatch
+from lvdm.data.latents import LatentSetInfo, agreed_latent_set
+from lvdm.diffusion.denoiser import Denoiser
+from lvdm.diffusion.objective import diffusion_loss, draw_noise, draw_timesteps, quarter_means
+from lvdm.engine.checkpoint import sha256_of
+from lvdm.errors import UserError
+from lvdm.inference import frames_to_float, load_vae, own_vae_weights, read_scaling
+from lvdm.models.build import build_model
+from lvdm.models.frozen import FrozenTextEncoder, FrozenVAE, load_text_encoder
+from lvdm.models.video_autoencoder import sample_posterior
+from lvdm.randomness import Purpose, normal, seed_from_text
+from lvdm.train.metrics import Sums
+
+Batch = LatentBatch | VideoBatch
+_VALIDATION_SEED = seed_from_text("validation")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch as the network sees it: scaled latents and text states."""
+
+    z_BCTHW: torch.Tensor
+    text_BLD: torch.Tensor
+    text_mask_BL: torch.Tensor | None
+
+
+class LatentDiffusionTask:
+    """Model, frozen parts and loss. Latents come from shards, or from videos through the frozen VAE on the fly."""
+
+    def __init__(self, config: LatentDiffusionTraining, device: torch.device, dtype: torch.dtype) -> None:
+        """Load what the config names. Raises `UserError` where parts do not fit each other."""
+        self.config = config
+        self.device = device
+        self.dtype = dtype
+        self._vae: FrozenVAE | None = None
+        self._text: FrozenTextEncoder | None = None
+        if config.data.kind == "latents":
+            assert config.data.latents is not None
+            info = agreed_latent_set(config.data.latents.shards)
+            check_latent_set(config, info)
+            self.scale, self.shift = read_scaling(config.vae, default=(info.scale, info.shift))
+            self.latent_shape, text_dim = info.shape, info.text.dim
+        else:
+            assert config.data.video is not None
+            clip = config.data.video.clip
+            self._vae = load_vae(config.vae, device, dtype)
+            self._text = load_text_encoder(config.text, device, dtype)
+            self.scale, self.shift = self._vae.scale, self._vae.shift
+            self.latent_shape = self._vae.latent_shape(clip.frames, clip.height, clip.width)
+            text_dim = self._text.dim
+        if self.latent_shape[0] != config.model.latent_channels:
+            raise UserError(
+                f"model.latent_channels {config.model.latent_channels} does not fit latents of "
+                f"{self.latent_shape[0]} channels"
+            )
+        if text_dim != config.model.context_dim:
+            raise UserError(
+                f"model.context_dim {config.model.context_dim} does not fit text states of {text_dim} channels"
+            )
+        smallest = 2 ** (len(config.model.channel_mult) - 1)
+        if any(side % smallest for side in self.latent_shape[2:]):
+            raise UserError(
+                f"model.channel_mult halves the latent {len(config.model.channel_mult) - 1} times, but its height and "
+                f"width {self.latent_shape[2:]} are not divisible by {smallest}"
+            )
+        self.model = build_model(config.model, config.run.seed)
+
+    def facts(self) -> dict[str, Any]:
+        """What sampling from this run needs beyond its config; stored in checkpoints and exports."""
+        return {"scale": self.scale, "shift": self.shift, "latent_shape": list(self.latent_shape)}
+
+    def loss(self, network: Callable[..., Any], batch: Batch) -> tuple[torch.Tensor, Sums]:
+        """Mean loss of a micro-batch, and what to report of it."""
+        encoded = self._encode(batch, self.config.run.seed)
+        t_B = draw_timesteps(self.config.run.seed, batch.positions, self.config.diffusion).to(self.device)
+        return self._loss_at(network, encoded, batch.positions, t_B, self.config.run.seed)
+
+    @torch.no_grad()
+    def validate(self, network: Callable[..., Any], batches: Iterable[Batch], samples: int) -> tuple[Sums, None]:
+        """Losses on held-out samples at fixed noise, their times spread evenly over the process."""
+        total: Sums = {}
+        for batch in batches:
+            steps = (torch.tensor(batch.positions, dtype=torch.float64) + 0.5) / samples
+            flow = self.config.diffusion.parameterization == "flow"
+            t_B = steps.float() if flow else (steps * self.config.diffusion.timesteps).long()
+            encoded = self._encode(batch, _VALIDATION_SEED)
+            _, sums = self._loss_at(network, encoded, batch.positions, t_B.to(self.device), _VALIDATION_SEED)
+            for name, (value, count) in sums.items():
+                before, counted = total.get(name, (0.0, 0.0))
+                total[name] = (before + value, counted + count)
+        return total, None
+
+    def _loss_at(
+        self, network: Callable[..., Any], encoded: Encoded, positions: list[int], t_B: torch.Tensor, seed: int
+    ) -> tuple[torch.Tensor, Sums]:
+        denoiser = Denoiser(network, self.config.diffusion, self.dtype)
+        noise = draw_noise(seed, positions, self.latent_shape).to(self.device)
+        loss_B = diffusion_loss(
+            denoiser, encoded.z_BCTHW, noise, t_B, text_BLD=encoded.text_BLD, text_mask_BL=encoded.text_mask_BL
+        )
+        sums_4, counts_4 = quarter_means(loss_B, t_B, self.config.diffusion.timesteps)
+        report: Sums = {"loss": (loss_B.detach().sum(), float(len(loss_B)))}
+        report |= {f"loss_by_time/quarter_{i + 1}": (sums_4[i], counts_4[i]) for i in range(4)}
+        return loss_B.mean(), report
+
+    @torch.no_grad()
+    def _encode(self, batch: Batch, seed: int) -> Encoded:
+        batch = batch.to(self.device)
+        if isinstance(batch, LatentBatch):
+            moments, text, mask = batch.moments_BCTHW, batch.text_BLD, batch.text_mask_BL
+        else:
+            assert self._vae is not None
+            assert self._text is not None
+            moments = self._vae.encode(frames_to_float(batch.frames_BCTHW)).float()
+            text, mask = self._text.encode(batch.captions)
+        noise = torch.from_numpy(normal(seed, batch.positions, Purpose.POSTERIOR, self.latent_shape))
+        z = self.scale * (sample_posterior(moments, noise.to(self.device)) + self.shift)
+        return Encoded(z, text, mask if self.config.text.mask_padding else None)
+
+
+def check_latent_set(config: LatentDiffusionTraining, info: LatentSetInfo) -> None:
+    """Refuse latents that another VAE or text encoder made. Raises `UserError` naming the field that differs."""
+    pairs = [
+        ("vae.kind", config.vae.kind, info.vae.kind),
+        ("text.name", config.text.name, info.text.name),
+        ("text.max_length", config.text.max_length, info.text.max_length),
+        ("text.mask_padding", config.text.mask_padding, info.text.mask_padding),
+    ]
+    if isinstance(config.vae, OwnVAE):
+        pairs.append(("weights of vae.folder (SHA-256)", sha256_of(own_vae_weights(config.vae)), info.vae.sha256))
+    else:
+        pairs.append(("vae.name", config.vae.name, info.vae.name))
+    for field, wanted, found in pairs:
+        if wanted != found:
+            raise UserError(f"the latents of data.latents were made with another {field}: {found}, not {wanted}")

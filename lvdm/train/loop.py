@@ -1,0 +1,303 @@
+"""The training loop, top to bottom.
+
+Everything periodic is a function of the step, everything random a function of (seed, position), so what a run must
+remember is one clock: steps done and samples seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from lvdm.config import AnyTraining, AutoencoderTraining, LatentDiffusionTraining
+from lvdm.data.batch import Replacement
+from lvdm.data.index import open_index
+from lvdm.data.loader import build_loader, build_validation_loader
+from lvdm.engine import distributed, saving, signals
+from lvdm.engine.distributed import Ranks, gather_json, together
+from lvdm.engine.engine import Engine
+from lvdm.engine.optim import learning_rate
+from lvdm.errors import Requeue, UserError
+from lvdm.models.build import parameter_count
+from lvdm.models.remat import checkpoint_blocks
+from lvdm.train.autoencoder import AutoencoderTask
+from lvdm.train.latent_diffusion import LatentDiffusionTask
+from lvdm.train.metrics import Means, MetricsWriter, memory_gb
+from lvdm.train.run_folder import RunFolder
+from lvdm.weights.native import load_into
+
+Task = AutoencoderTask | LatentDiffusionTask
+
+
+@dataclass
+class Clock:
+    """All that a run remembers besides the engine's tensors."""
+
+    step: int = 0
+    """Optimiser steps done, skipped ones included."""
+    samples: int = 0
+    """Samples seen; the position of the next one."""
+    replaced: int = 0
+    """Samples that others stood in for."""
+    skipped_steps: list[int] = field(default_factory=list)
+    """Steps whose gradients were not finite; step k took positions ``[samples - batch, samples)`` of its time."""
+
+
+def train(config: AnyTraining) -> None:
+    """Run a training config to its end on this rank.
+
+    Raises:
+        UserError: bad input, on all ranks alike.
+        Requeue: a stop signal came; the run is saved and goes on with ``run.resume=auto``.
+    """
+    run = RunFolder(config)
+    changes = run.enter()
+    signals.expect_progress_within(config.run.stall_timeout)
+    ranks = distributed.start(config.run.stall_timeout)
+    try:
+        _train(config, run, changes, ranks)
+    finally:
+        signals.stop_watching()
+        distributed.stop()
+
+
+def _train(config: AnyTraining, run: RunFolder, changes: list[str], ranks: Ranks) -> None:
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    task = together(lambda: _build_task(config, ranks.device, dtype), ranks.device)
+    size = f"{parameter_count(task.model) / 1e6:.2f} M parameters"
+    if config.engine.activation_checkpointing:
+        checkpoint_blocks(task.model.remat_blocks())
+    engine = Engine(task.model.to(ranks.device), config.engine, config.batch, config.optim, ranks)
+
+    clock = Clock()
+    found, faults = saving.find_newest(run.checkpoints, ranks)
+    if found is not None:
+        saving.restore(engine, found)
+        clock = Clock(**found.manifest.clock)
+    elif config.run.resume == "must":
+        raise UserError(f"run.resume=must, but {run.checkpoints} holds no checkpoint")
+    loader = together(lambda: _open_loader(config, ranks, clock), ranks.device)
+    held_out = together(lambda: _held_out_samples(config, ranks), ranks.device)
+
+    stop = signals.StopRequest()
+    if ranks.is_main:
+        run.claim(ranks.world)
+        _announce(config, run, size, ranks, clock, faults, changes)
+    writer = MetricsWriter(run.log, run.tensorboard, run.images, enabled=ranks.is_main, from_step=clock.step)
+    means = Means(ranks.device)
+    speed = Speedometer(clock.samples)
+    replaced: list[Replacement] = []
+    stopping = False
+
+    while clock.step < config.run.steps:
+        lr = learning_rate(config.optim, clock.samples, config.run.steps * config.batch.size)
+        for _ in range(engine.accumulation):
+            batch = speed.wait_for(loader)
+            loss, report = task.loss(engine, batch)
+            engine.backward(loss)
+            result = engine.step(lr)
+            means.add(report | {"replaced": (torch.tensor(len(batch.replaced), device=ranks.device), len(batch))})
+            replaced += batch.replaced
+        clock.step += 1
+        clock.samples += config.batch.size
+        if not result.applied:
+            clock.skipped_steps.append(clock.step)
+        signals.expect_progress_within(config.run.stall_timeout)
+
+        last = clock.step == config.run.steps
+        saving_now = last or clock.step % config.run.save_every == 0
+        if saving_now or clock.step % config.run.log_every == 0:
+            values = means.reduce()
+            clock.replaced += round(values.pop("replaced") * speed.samples_since_report(clock.samples))
+            _list_replaced(run, replaced, ranks)
+            values |= speed.report(clock.samples, total=config.run.steps * config.batch.size)
+            values |= {"lr": lr, "grad_norm": result.grad_norm, "memory_gb": memory_gb(ranks.device)}
+            values |= {"skipped_steps": len(clock.skipped_steps), "replaced": clock.replaced}
+            writer.scalars(clock.step, values)
+            if ranks.is_main:
+                _print_line(clock.step, config.run.steps, values)
+            _check_bad_fraction(config, run, clock)
+            stopping = stop.agreed(ranks.device)
+        if held_out and (last or clock.step % config.validation.every == 0):
+            with speed.paused():
+                _validate(config, task, engine, held_out, writer, clock.step)
+        if saving_now or stopping:
+            with speed.paused():
+                saving.save(
+                    run.checkpoints,
+                    engine,
+                    clock.step,
+                    clock=asdict(clock),
+                    facts=task.facts(),
+                    config=config.model_dump(mode="json"),
+                    keep=config.run.keep,
+                )
+        if stopping and not last:
+            writer.close()
+            raise Requeue(f"asked to, after step {clock.step}; everything is saved, go on with run.resume=auto")
+    writer.close()
+
+
+def _build_task(config: AnyTraining, device: torch.device, dtype: torch.dtype) -> Task:
+    task: Task
+    match config:
+        case AutoencoderTraining():
+            task = AutoencoderTask(config, device, dtype)
+        case LatentDiffusionTraining():
+            task = LatentDiffusionTask(config, device, dtype)
+    if config.run.init_from:
+        load_into(task.model, config.run.init_from)
+    return task
+
+
+def _open_loader(config: AnyTraining, ranks: Ranks, clock: Clock) -> Iterator[Any]:
+    return iter(
+        build_loader(
+            config.data,
+            seed=config.run.seed,
+            batch=config.batch.size,
+            micro=config.batch.micro,
+            world=ranks.world,
+            rank=ranks.rank,
+            first_position=clock.samples,
+            steps=config.run.steps - clock.step,
+        )
+    )
+
+
+def _held_out_samples(config: AnyTraining, ranks: Ranks) -> int:
+    """Held-out samples that a validation uses: the same number of micro-batches on every rank; 0 for none."""
+    if not config.validation.shards:
+        return 0
+    at_once = config.batch.micro * ranks.world
+    available = min(config.validation.samples, len(open_index(config.validation.shards)))
+    if available < at_once:
+        raise UserError(
+            f"validation has {available} samples, fewer than batch.micro x ranks = {at_once}; "
+            f"raise validation.samples or add shards"
+        )
+    return available // at_once * at_once
+
+
+def _validate(config: AnyTraining, task: Task, engine: Engine, samples: int, writer: MetricsWriter, step: int) -> None:
+    """Validate with the live and with the averaged weights; the picture shows the averaged ones."""
+
+    def run() -> tuple[dict[str, float], Any]:
+        batches = build_validation_loader(
+            config.data,
+            list(config.validation.shards),
+            seed=config.run.seed,
+            samples=samples,
+            micro=config.batch.micro,
+            world=engine.ranks.world,
+            rank=engine.ranks.rank,
+        )
+        means = Means(engine.ranks.device)
+        with engine.evaluating():
+            sums, picture = task.validate(engine, batches, samples)
+        means.add(sums)
+        return means.reduce(), picture
+
+    live, _ = run()
+    with engine.averaged_weights():
+        averaged, picture = run()
+    values = {f"validation/{name}": value for name, value in live.items()}
+    values |= {f"validation_ema/{name}": value for name, value in averaged.items()}
+    writer.scalars(step, values)
+    if picture is not None:
+        writer.image(step, "reconstructions", picture)
+    if engine.ranks.is_main:
+        shown = "  ".join(f"{name} {live[name]:.4f} (EMA {averaged[name]:.4f})" for name in live if "/" not in name)
+        print(f"validation at step {step}: {shown}", flush=True)
+
+
+def _check_bad_fraction(config: AnyTraining, run: RunFolder, clock: Clock) -> None:
+    # Some patience at the start, where a single bad sample is a large fraction.
+    allowed = config.data.max_bad_fraction * max(clock.samples, 1000)
+    if clock.replaced > allowed:
+        raise UserError(
+            f"{clock.replaced} of {clock.samples} samples had bad bytes, more than data.max_bad_fraction "
+            f"{config.data.max_bad_fraction}; they are listed in {run.replaced}"
+        )
+
+
+def _list_replaced(run: RunFolder, replaced: list[Replacement], ranks: Ranks) -> None:
+    """Append the samples that were replaced on any rank since the last call to the run's list (collective)."""
+    gathered = gather_json([asdict(item) for item in replaced], ranks.device)
+    replaced.clear()
+    lines = [item for items in gathered for item in items]
+    if ranks.is_main and lines:
+        with run.replaced.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(item) + "\n" for item in sorted(lines, key=lambda item: item["position"]))
+
+
+class Speedometer:
+    """Rates since the last report, leaving out validation and saving."""
+
+    def __init__(self, samples: int) -> None:
+        self._samples = samples
+        self._since = time.perf_counter()
+        self._waited = 0.0
+
+    def wait_for(self, loader: Iterator[Any]) -> Any:
+        """The next micro-batch; the time until it is there counts as waiting for data."""
+        begin = time.perf_counter()
+        batch = next(loader)
+        self._waited += time.perf_counter() - begin
+        return batch
+
+    def samples_since_report(self, samples: int) -> int:
+        """Samples seen by all ranks since the last report."""
+        return samples - self._samples
+
+    def report(self, samples: int, total: int) -> dict[str, float]:
+        """Rates at ``samples`` of ``total``, and a new beginning."""
+        seconds = time.perf_counter() - self._since
+        rate = self.samples_since_report(samples) / seconds
+        values = {
+            "samples_per_second": rate,
+            "data_wait_fraction": self._waited / seconds,
+            "seconds_left": (total - samples) / rate,
+        }
+        self._samples, self._waited = samples, 0.0
+        self._since = time.perf_counter()
+        return values
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside the block out of the rates."""
+        begin = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begin
+
+
+def _announce(
+    config: AnyTraining, run: RunFolder, size: str, ranks: Ranks, clock: Clock, faults: list[str], changes: list[str]
+) -> None:
+    for fault in faults:
+        print(f"damaged checkpoint passed over: {fault}", flush=True)
+    for change in changes:
+        print(f"changed on resume: {change}", flush=True)
+    origin = f"going on at step {clock.step}" if clock.step else "new run"
+    print(
+        f"{run.path}: {origin}; {config.model.kind} of {size}; {config.run.steps} steps of {config.batch.size} "
+        f"samples; {ranks.world} rank{'s' * (ranks.world > 1)} on {ranks.device.type}, ZeRO-{config.engine.zero_stage}, "
+        f"{config.engine.precision}",
+        flush=True,
+    )
+
+
+def _print_line(step: int, steps: int, values: dict[str, float]) -> None:
+    left = timedelta(seconds=round(values["seconds_left"]))
+    print(
+        f"step {step}/{steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  grad {values['grad_norm']:.2f}  "
+        f"{values['samples_per_second']:.1f} samples/s  data wait {values['data_wait_fraction']:.0%}  left {left}",
+        flush=True,
+    )

@@ -1,0 +1,114 @@
+"""The folder of a run: one resolved config, one log, its checkpoints; and what may change when it goes on.
+
+config.yaml          the resolved config of the last start
+environment.json     versions, git state, command and ranks of the last start
+log.jsonl            one line per log step
+replaced.jsonl       samples that others stand in for, with the reason
+tensorboard/  images/  checkpoints/
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lvdm.config import AnyTraining, dump_yaml, parse_training_config, read_tree
+from lvdm.errors import UserError
+
+_FIXED = ("task", "model", "diffusion", "loss", "vae", "text", "run.seed", "data.kind", "data.video", "data.latents")
+"""Fields that define what is learnt from which sequence of samples; a run that goes on keeps them."""
+
+
+class RunFolder:
+    """Paths of a run, and the rules of entering it. Needs no torch."""
+
+    def __init__(self, config: AnyTraining) -> None:
+        self.config = config
+        self.path = Path(config.run.folder)
+        self.checkpoints = self.path / "checkpoints"
+        self.log = self.path / "log.jsonl"
+        self.replaced = self.path / "replaced.jsonl"
+        self.images = self.path / "images"
+        self.tensorboard = self.path / "tensorboard"
+
+    def enter(self) -> list[str]:
+        """Check that this config may start or go on here; nothing is written.
+
+        Returns:
+            Changes against the config that the run had so far, as ``path: old -> new``; they apply from now on.
+        Raises:
+            UserError: the folder holds another run, ``resume=must`` finds none, or a change is not allowed.
+        """
+        resume, held = self.config.run.resume, self.path / "config.yaml"
+        if not held.is_file():
+            if resume == "must":
+                raise UserError(f"run.resume=must, but {self.path} holds no run")
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise UserError(f"run.folder {self.path} is not empty and holds no run; choose another folder")
+            return []
+        if resume == "never":
+            raise UserError(f"run.folder {self.path} already holds a run; go on with run.resume=auto or choose another")
+        old = _flatten(parse_training_config(read_tree(held), source=str(held)).model_dump(mode="json"))
+        new = _flatten(self.config.model_dump(mode="json"))
+        changes = {
+            key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
+        }
+        refused = [key for key in changes if any(key == f or key.startswith(f + ".") for f in _FIXED)]
+        if refused:
+            listed = "; ".join(f"{key}: {changes[key][0]} -> {changes[key][1]}" for key in refused)
+            raise UserError(f"{self.path} cannot go on with a changed {listed}; start a new run.folder")
+        return [f"{key}: {before} -> {after}" for key, (before, after) in changes.items()]
+
+    def claim(self, ranks: int) -> None:
+        """Write the config and the environment of this start (main rank only)."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.images.mkdir(exist_ok=True)
+        environment = {"command": sys.argv, "ranks": ranks} | describe_environment()
+        (self.path / "environment.json").write_text(json.dumps(environment, indent=1) + "\n", encoding="utf-8")
+        partial = self.path / ".config.yaml.tmp"
+        partial.write_text(dump_yaml(self.config), encoding="utf-8")
+        partial.replace(self.path / "config.yaml")
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions of Python and the packages that decide results, the machine, and the git commit of the code."""
+    packages = ("lvdm", "torch", "deepspeed", "diffusers", "transformers", "webdataset", "av", "numpy", "safetensors")
+    versions = {name: _version(name) for name in packages}
+    return {"python": platform.python_version(), "platform": platform.platform(), "git": _git_state(), **versions}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_state() -> str | None:
+    """Commit of the code, with ``-dirty`` behind it where files differ; None outside a checkout."""
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],  # noqa: S607 (git as the user has it)
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+def _flatten(tree: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {path: tree}
+    return {
+        key: value
+        for name, child in tree.items()
+        for key, value in _flatten(child, f"{path}.{name}" if path else name).items()
+    }
