@@ -67,7 +67,7 @@ def test_samples_have_the_data_s_mean_and_spread(
 def test_deterministic_samplers_follow_the_exact_path(
     config: DiffusionConfig, options: dict[str, Any], gaussian: Build
 ) -> None:
-    """The probability-flow ODE of Gaussian data keeps (z_t - a_t MEAN) / std(z_t), so the end of each element is known."""
+    """The probability-flow ODE of Gaussian data keeps (z_t - a_t MEAN) / std(z_t), which tells where each path ends."""
     denoiser, noise = gaussian(config), initial_noise(SEEDS, SHAPE)
     samples = run(denoiser, SEEDS, **options)
     leading = options["sampler"] == "ddim" and config is VARIANCE and "spacing" not in options
