@@ -1,0 +1,210 @@
+"""The exported folder: ``model.safetensors`` (one model's weights) and ``config.json`` (what it is, where it is from).
+
+::
+
+    config.json = {"format": "lvdm", "version": 1, "model": {"kind": ..., ...}, "training": {...},
+                   "weights": "ema" | "live", "provenance": {...}}
+
+Written tensor by tensor into a temporary folder that is renamed when complete, so a folder is whole or absent, and
+exporting needs the memory of one tensor. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lvdm.errors import UserError
+
+FORMAT = "lvdm"
+VERSION = 1
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class Weights(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, each read when it is asked for."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises `UserError` when the file is missing, truncated or no safetensors file."""
+        try:
+            self._file = safe_open(path, framework="pt")
+        except FileNotFoundError:
+            raise UserError(f"no weights at {path}") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is not a readable safetensors file: {error}") from None
+        self._names = list(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor, from the header alone."""
+        return {name: tuple(self._file.get_slice(name).get_shape()) for name in self._names}
+
+
+def save_model(
+    folder: str | Path, state: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], config: Mapping[str, Any]
+) -> None:
+    """Write an exported folder; ``config`` holds all of config.json but format and version.
+
+    Raises:
+        UserError: ``folder`` exists, or cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise UserError(f"{folder} already exists; name another output folder or remove it first")
+    document = {"format": FORMAT, "version": VERSION, **config}
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}") from None
+    try:
+        write_safetensors(temporary / WEIGHTS_FILE, state.items() if isinstance(state, Mapping) else state)
+        with (temporary / CONFIG_FILE).open("w", encoding="utf-8") as file:
+            json.dump(document, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o755)  # mkdtemp's is private
+        temporary.rename(folder)
+        _sync_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def read_model(folder: str | Path) -> tuple[dict[str, Any], Weights]:
+    """Config document and weights of an exported folder.
+
+    Raises:
+        UserError: it is no exported folder, or one of a newer version.
+    """
+    folder = Path(folder)
+    path = folder / CONFIG_FILE
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{folder} is not an exported model: cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path} is not valid JSON") from None
+    if (
+        not isinstance(document, dict)
+        or document.get("format") != FORMAT
+        or not isinstance(document.get("model"), dict)
+    ):
+        raise UserError(f"{path} does not describe a model exported by lvdm (tools/export_checkpoint.py writes one)")
+    if document.get("version") != VERSION:
+        raise UserError(f"{path} has version {document.get('version')!r} of the format; this lvdm reads {VERSION}")
+    return document, Weights(folder / WEIGHTS_FILE)
+
+
+def load_into(module: nn.Module, folder: str | Path) -> None:
+    """Copy the weights of an exported folder into ``module``, cast to its types.
+
+    Raises:
+        UserError: names missing, unexpected and misshaped tensors. Nothing was copied then.
+    """
+    _, weights = read_model(folder)
+    copy_weights(module, weights, source=str(folder))
+
+
+def copy_weights(module: nn.Module, weights: Weights, source: str) -> None:
+    """As `load_into`, from weights already open; ``source`` names them in the error."""
+    own = module.state_dict()
+    assert not any(tensor.is_meta for tensor in own.values()), "the module needs storage: module.to_empty(device=...)"
+    given = weights.shapes()
+    faults = {
+        "missing": [name for name in own if name not in given],
+        "unexpected": [name for name in given if name not in own],
+        "of another shape": [
+            f"{name} {list(given[name])} for {list(own[name].shape)}"
+            for name in own
+            if name in given and given[name] != tuple(own[name].shape)
+        ],
+    }
+    if any(faults.values()):
+        parts = [f"{len(names)} {fault} ({_some(names)})" for fault, names in faults.items() if names]
+        raise UserError(f"the weights in {source} are of another model: tensors {', '.join(parts)}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write a safetensors file tensor by tensor. Raises `ValueError` when a name comes twice."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    with tempfile.TemporaryFile(dir=path.parent) as body:
+        for name, tensor in tensors:
+            if name in header:
+                raise ValueError(f"tensor {name} comes twice")
+            start = body.tell()
+            data = tensor.detach().cpu().contiguous()
+            body.write(data.reshape(-1).view(torch.uint8).numpy().data)
+            header[name] = {
+                "dtype": _DTYPES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [start, body.tell()],
+            }
+        # The header, which knows every offset, comes first in the file, so the body is written aside and appended.
+        body.seek(0)
+        with path.open("wb") as file:
+            _write_header(file, header)
+            shutil.copyfileobj(body, file, 1 << 24)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _write_header(file: BinaryIO, header: dict[str, Any]) -> None:
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # keeps the tensors aligned
+    file.write(struct.pack("<Q", len(text)) + text)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
