@@ -79,18 +79,37 @@ def decode_frames(
     with _opened(data) as (container, stream):
         info = _info(container, stream)
         wanted = list(indices(info) if callable(indices) else indices)
-        assert min(wanted) >= 0
-        packets, times = _packets(container, stream, max(wanted))
-        if max(wanted) >= len(times):
-            raise BadSample(f"frame {max(wanted)} is missing: the file holds {len(times)} frames")
-        scaled = _scaled_size(info, height, width, resize)
-        frames = {}
-        reformatter = VideoReformatter()
-        for time, frame in _decode(stream, packets, {times[index] for index in wanted}):
-            rgb = reformatter.reformat(frame, width=scaled[1], height=scaled[0], format="rgb24", threads=1).to_ndarray()
-            top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
-            frames[time] = rgb[top : top + height, left : left + width]
-    return np.stack([frames[times[index]] for index in wanted])
+        frames = dict(_frames(container, stream, info, set(wanted), height, width, resize))
+    return np.stack([frames[index] for index in wanted])
+
+
+def iterate_frames(data: bytes, span: range, height: int, width: int) -> Iterator[np.ndarray]:
+    """The frames of ``span`` one by one, uint8 RGB ``[H, W, 3]``, resized as by ``crop``. Raises as `decode_frames`."""
+    with _opened(data) as (container, stream):
+        for _, frame_HWC in _frames(container, stream, _info(container, stream), set(span), height, width, "crop"):
+            yield frame_HWC
+
+
+def _frames(
+    container: InputContainer,
+    stream: VideoStream,
+    info: VideoInfo,
+    wanted: set[int],
+    height: int,
+    width: int,
+    resize: str,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The wanted frames and their numbers, in order."""
+    packets, times = _packets(container, stream, max(wanted))
+    if max(wanted) >= len(times):
+        raise BadSample(f"frame {max(wanted)} is missing: the file holds {len(times)} frames")
+    scaled_height, scaled_width = _scaled_size(info, height, width, resize)
+    top, left = (scaled_height - height) // 2, (scaled_width - width) // 2
+    numbers = {times[index]: index for index in wanted}
+    reformatter = VideoReformatter()
+    for time, frame in _decode(stream, packets, set(numbers)):
+        scaled = reformatter.reformat(frame, width=scaled_width, height=scaled_height, format="rgb24", threads=1)
+        yield numbers[time], scaled.to_ndarray()[top : top + height, left : left + width]
 
 
 @contextmanager

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 
 import fsspec
+from fsspec import AbstractFileSystem
 
 from lvdm.data.index import SampleRecord
 from lvdm.errors import Requeue, UserError
@@ -25,22 +27,19 @@ def read_range(url: str, offset: int, size: int) -> bytes:
         UserError: the object is not there or may not be read.
         Requeue: it could not be read whole in `ATTEMPTS` attempts.
     """
-    fs, path = fsspec.core.url_to_fs(url)
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            time.sleep(FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
-        try:
-            data = fs.cat_file(path, start=offset, end=offset + size)
-            if len(data) != size:
-                raise OSError(f"{len(data)} bytes came instead of {size}")
-            return bytes(data)
-        except _GONE as error:
-            raise UserError(f"cannot read {url}: {type(error).__name__}; was the shard moved or deleted?") from None
-        except _OURS:
-            raise
-        except Exception as error:  # each store's client has error classes of its own
-            last = error
-    raise Requeue(f"cannot read bytes {offset}..{offset + size} of {url} after {ATTEMPTS} attempts: {last}")
+
+    def read(fs: AbstractFileSystem, path: str) -> bytes:
+        data = bytes(fs.cat_file(path, start=offset, end=offset + size))
+        if len(data) != size:
+            raise OSError(f"{len(data)} bytes came instead of {size}")
+        return data
+
+    return _persistently(url, read)
+
+
+def read_file(url: str) -> bytes:
+    """All bytes of ``url`` (a path or any fsspec URL). Raises as `read_range` does."""
+    return _persistently(url, lambda fs, path: bytes(fs.cat_file(path)))
 
 
 def read_sample(record: SampleRecord) -> dict[str, bytes]:
@@ -50,3 +49,19 @@ def read_sample(record: SampleRecord) -> dict[str, bytes]:
         extension: data[offset - record.offset : offset - record.offset + size]
         for extension, (offset, size) in record.members.items()
     }
+
+
+def _persistently(url: str, read: Callable[[AbstractFileSystem, str], bytes]) -> bytes:
+    fs, path = fsspec.core.url_to_fs(url)
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+        try:
+            return read(fs, path)
+        except _GONE as error:
+            raise UserError(f"cannot read {url}: {type(error).__name__}; was it moved or deleted?") from None
+        except _OURS:
+            raise
+        except Exception as error:  # each store's client has error classes of its own
+            last = error
+    raise Requeue(f"cannot read {url} after {ATTEMPTS} attempts: {type(last).__name__}: {last}")

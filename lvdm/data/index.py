@@ -223,7 +223,11 @@ def _open_part(folder: str) -> _Part:
 def _check_shards(part: _Part) -> None:
     """One listing of the folder tells a missing or changed shard; stores that list no sizes are asked one by one."""
     fs, root = fsspec.core.url_to_fs(part.folder)
-    listed = {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry.get("size") for entry in fs.ls(root, detail=True)}
+    try:
+        entries = fs.ls(root, detail=True)
+    except (OSError, NotImplementedError):
+        entries = []
+    listed = {entry["name"].rsplit("/", 1)[-1]: entry.get("size") for entry in entries}
     for name, size in zip(part.shards, part.sizes, strict=True):
         url = f"{part.folder}/{name}"
         try:
@@ -277,7 +281,7 @@ def _scan(stream: Any, url: str) -> Iterator[_Scanned]:
 def _json_object(data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -13,6 +13,7 @@ import multiprocessing
 import signal
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -164,6 +165,20 @@ def build_validation_loader(
     mine = list(range(rank, -(-used // world) * world, world))
     positions = [mine[i : i + micro] for i in range(0, len(mine), micro)]
     return Loader(_by_position(data, dataset, positions), len(positions), used)
+
+
+def read_videos(data: DataConfig, index: Index, rows: Sequence[int], *, batch: int, seed: int) -> Iterator[VideoBatch]:
+    """The clips of chosen ``rows`` of an index, in that order, with their captions; ``positions`` are the rows.
+
+    For jobs that go over a set once. A row that is bad has one entry in ``replaced`` and frames that stand in for it.
+    """
+    assert data.video is not None
+    dataset = VideoDataset(index, data.video.clip, seed=seed, shuffle=False, text_dropout=0.0)
+    positions = [list(rows[i : i + batch]) for i in range(0, len(rows), batch)]
+    for clips in Loader(_by_position(data, dataset, positions), len(positions), len(rows)):
+        assert isinstance(clips, VideoBatch)
+        first = {entry.position: entry for entry in reversed(clips.replaced)}  # not those of bad substitutes
+        yield replace(clips, replaced=tuple(first.values()))
 
 
 class _StepPositions(Sequence[list[int]]):

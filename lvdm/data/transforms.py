@@ -58,6 +58,6 @@ def read_caption(members: Mapping[str, bytes]) -> str:
         return members["txt"].decode("utf-8", errors="replace").strip()
     try:
         caption = json.loads(members.get("json", b"{}"))["caption"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return ""
     return caption.strip() if isinstance(caption, str) else ""

@@ -89,7 +89,7 @@ def write_shard(folder: str, shard_id: int, samples: Iterable[ShardSample]) -> S
             statuses[sample.status] += 1
             messages[sample.error_message or sample.status] += 1
             if sample.status == "success":
-                members = {"json": json.dumps(row, indent=4).encode(), **sample.members}
+                members = {"json": json.dumps(row, indent=4, default=str).encode(), **sample.members}
                 payload += sum(map(len, members.values()))
                 tar.write({"__key__": sample.key, **members})
     with atomic_file(f"{name}.parquet") as path:
@@ -152,7 +152,7 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
 
 
 def _scalar(value: Any) -> Any:
-    return json.dumps(value) if isinstance(value, dict | list | tuple) else value
+    return json.dumps(value, default=str) if isinstance(value, dict | list | tuple) else value
 
 
 def _column(values: list[Any]) -> pa.Array:

@@ -1,0 +1,1 @@
+"""The offline work behind the tools."""

