@@ -146,7 +146,7 @@ def _multistep_solver(config: DiffusionConfig, sampler: Literal["dpmpp", "unipc"
 
     flow = config.parameterization == "flow"
     if flow:
-        # log(1 - t) must be finite at the start
+        # the solvers take log(1 - t), and UniPC puts it into a linear system: it must not be infinite at the start
         times = sigmas = _flow_times(steps).clamp(max=1 - _FLOW_MARGIN)
     else:
         times = trailing_times(config.timesteps, steps).flip(0)
