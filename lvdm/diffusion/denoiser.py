@@ -17,6 +17,7 @@ flow   noise - z_0           z_t - s o           z_t + a o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -41,8 +42,6 @@ class Denoiser:
         self.network = network
         self.config = config
         self.dtype = dtype
-        alphas_cumprod = build_schedule(config).alphas_cumprod
-        self._table_2T = torch.stack([alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()]).float()
 
     def predict(self, z_BCTHW: Tensor, t_B: Tensor, **conditioning: Tensor | None) -> Tensor:
         """The network's output, fp32 ``BCTHW``. Flow's t in [0, 1] reaches the network as t * timesteps, in fp32."""
@@ -106,11 +105,16 @@ class Denoiser:
             time_B = t_B.float()
             a_B, s_B = 1 - time_B, time_B
         else:
-            if self._table_2T.device != t_B.device:  # moved once, not at every step
-                self._table_2T = self._table_2T.to(t_B.device)
-            a_B, s_B = self._table_2T[:, t_B]
+            a_B, s_B = _signal_and_noise(self.config, t_B.device)[:, t_B]
         shape = (-1, *[1] * (like_BCTHW.ndim - 1))
         return a_B.reshape(shape), s_B.reshape(shape)
 
     def _cast(self, value: Tensor | None) -> Tensor | None:
         return value.to(self.dtype) if value is not None and value.is_floating_point() else value
+
+
+@functools.cache  # copied to a device once, so that a denoiser made for each step costs no host sync
+def _signal_and_noise(config: DiffusionConfig, device: torch.device) -> Tensor:
+    """sqrt(abar) and sqrt(1 - abar) of every step, fp32 ``[2, T]``."""
+    alphas_cumprod = build_schedule(config).alphas_cumprod
+    return torch.stack([alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()]).float().to(device)
