@@ -125,6 +125,7 @@ def _opened(data: bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
                 raise BadSample("no video stream")
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1
+            stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # whatever the frames say
             yield cast(InputContainer, container), stream
     except (av.FFmpegError, UnicodeError, OverflowError) as error:
         raise BadSample(f"not decodable: {type(error).__name__}: {error}") from None

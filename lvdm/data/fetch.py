@@ -6,10 +6,10 @@ import random
 import time
 from collections.abc import Callable
 
-import fsspec
 from fsspec import AbstractFileSystem
 
 from lvdm.data.index import SampleRecord
+from lvdm.data.storage import locate
 from lvdm.errors import Requeue, UserError
 
 ATTEMPTS = 5
@@ -52,7 +52,7 @@ def read_sample(record: SampleRecord) -> dict[str, bytes]:
 
 
 def _persistently(url: str, read: Callable[[AbstractFileSystem, str], bytes]) -> bytes:
-    fs, path = fsspec.core.url_to_fs(url)
+    fs, path = locate(url)
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))

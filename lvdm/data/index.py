@@ -23,11 +23,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
-from lvdm.data.writer import atomic_file
+from lvdm.data.storage import atomic_file, locate
 from lvdm.errors import UserError
 
 INDEX_NAME = "index.arrow"
@@ -147,7 +146,7 @@ def write_index(folder: str) -> int:
         UserError: no shard in the folder, or a shard that is not a tar.
     """
     folder = folder.rstrip("/")
-    fs, root = fsspec.core.url_to_fs(folder)
+    fs, root = locate(folder)
     if not fs.isdir(root):
         raise UserError(f"no such folder: {folder}")
     paths = sorted(path for path in fs.ls(root, detail=False) if path.endswith(".tar"))
@@ -192,7 +191,7 @@ def _open_unchecked(folders: tuple[str, ...]) -> Index:
 
 
 def _open_part(folder: str) -> _Part:
-    fs, root = fsspec.core.url_to_fs(folder)
+    fs, root = locate(folder)
     path = f"{root}/{INDEX_NAME}"
     try:
         local = isinstance(fs, LocalFileSystem)
@@ -222,7 +221,7 @@ def _open_part(folder: str) -> _Part:
 
 def _check_shards(part: _Part) -> None:
     """One listing of the folder tells a missing or changed shard; stores that list no sizes are asked one by one."""
-    fs, root = fsspec.core.url_to_fs(part.folder)
+    fs, root = locate(part.folder)
     try:
         entries = fs.ls(root, detail=True)
     except (OSError, NotImplementedError):

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import fsspec
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
@@ -25,7 +24,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from lvdm.config import ClipConfig, Section
-from lvdm.data.writer import atomic_file
+from lvdm.data.storage import atomic_file, locate
 from lvdm.errors import BadSample, UserError
 
 INFO_NAME = "latents.json"
@@ -187,7 +186,7 @@ def _unpack(name: str, data: bytes, ndim: int) -> Tensor:
 
 
 def _read(url: str) -> bytes:
-    fs, path = fsspec.core.url_to_fs(url)
+    fs, path = locate(url)
     return bytes(fs.cat_file(path))
 
 

@@ -16,7 +16,6 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import fsspec
 import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.shardlists import expand_urls
@@ -25,6 +24,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from lvdm.config import ClipConfig
 from lvdm.data.batch import LatentBatch, Replacement, VideoBatch
 from lvdm.data.samples import Failure, VideoSample, collate, load_clip
+from lvdm.data.storage import locate
 from lvdm.errors import BadSample, Requeue, UserError
 
 log = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ def list_shards(folders: Sequence[str]) -> list[str]:
         if folder.endswith(".tar"):
             urls += expand_urls(folder)
             continue
-        fs, root = fsspec.core.url_to_fs(folder)
+        fs, root = locate(folder)
         if not fs.isdir(root):
             raise UserError(f"no such folder of shards: {folder}")
         names = sorted(path.rsplit("/", 1)[-1] for path in fs.ls(root, detail=False) if path.endswith(".tar"))
@@ -139,7 +139,8 @@ def _open_shards(data: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Open each shard by fsspec: webdataset's own opener would run shell commands for some URLs."""
     for shard in data:
         try:
-            with fsspec.open(shard["url"], "rb") as stream:
+            fs, path = locate(shard["url"])
+            with fs.open(path, "rb") as stream:
                 yield {**shard, "stream": stream}
         except FileNotFoundError:
             raise UserError(f"shard {shard['url']} is missing") from None

@@ -6,23 +6,19 @@ single put on an object store), and equal samples give equal tar bytes.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import webdataset as wds
-from fsspec.implementations.local import LocalFileSystem
+
+from lvdm.data.storage import atomic_file
 
 Status = str  # success, failed_to_download or failed_to_subsample, as video2dataset calls them
 
@@ -109,39 +105,6 @@ def write_shard(folder: str, shard_id: int, samples: Iterable[ShardSample]) -> S
     with atomic_file(f"{name}_stats.json") as path:
         Path(path).write_text(json.dumps(asdict(stats), indent=4), encoding="utf-8")
     return stats
-
-
-@contextlib.contextmanager
-def atomic_file(url: str) -> Iterator[str]:
-    """A local path to write to, which becomes ``url`` (any fsspec URL) when the block ends, or nothing if it raises."""
-    fs, target = fsspec.core.url_to_fs(url)
-    local = isinstance(fs, LocalFileSystem)
-    folder = os.path.dirname(target)
-    if local:
-        os.makedirs(folder, exist_ok=True)
-    # beside the target, so that the rename stays on one file system; dot files are no shards
-    scratch = tempfile.mkdtemp(prefix=".writing-", dir=folder if local else None)
-    try:
-        path = os.path.join(scratch, os.path.basename(target))
-        yield path
-        if local:
-            with open(path, "rb") as stream:
-                os.fsync(stream.fileno())
-            os.replace(path, target)
-            _sync_folder(folder)
-        else:
-            fs.put_file(path, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _sync_folder(folder: str) -> None:
-    """Make a rename in ``folder`` survive a crash of the machine."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _table(rows: list[dict[str, Any]]) -> pa.Table:

@@ -16,7 +16,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -25,6 +24,7 @@ from lvdm.data.decode import VIDEO_EXTENSIONS, VideoInfo, decode_frames, iterate
 from lvdm.data.encode import encode_mp4
 from lvdm.data.fetch import read_file
 from lvdm.data.index import INDEX_NAME, write_index
+from lvdm.data.storage import locate
 from lvdm.data.writer import ShardSample, sample_key, write_shard
 from lvdm.errors import BadSample, Requeue, UserError
 from lvdm.jobs.progress import Report, silent
@@ -253,7 +253,7 @@ def _write_set(folder: str, shards: Iterable[Iterator[ShardSample]]) -> ShardSet
     stats = [write_shard(folder, number, samples) for number, samples in enumerate(shards)]
     samples = sum(s.successes for s in stats)
     if not samples:
-        fs, root = fsspec.core.url_to_fs(folder)
+        fs, root = locate(folder)
         for number in range(len(stats)):
             fs.rm([f"{root}/{number:05d}{end}" for end in (".tar", ".parquet", "_stats.json")])
         reasons = [reason for s in stats for reason in s.status_dict]
@@ -264,7 +264,7 @@ def _write_set(folder: str, shards: Iterable[Iterator[ShardSample]]) -> ShardSet
 
 
 def _refuse_used(folder: str) -> None:
-    fs, root = fsspec.core.url_to_fs(folder)
+    fs, root = locate(folder)
     if fs.isfile(root):
         raise UserError(f"{folder} is a file, not a folder")
     names = [path.rsplit("/", 1)[-1] for path in fs.ls(root, detail=False)] if fs.isdir(root) else []

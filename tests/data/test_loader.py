@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lvdm.config import ClipConfig, DataConfig, LatentSource, VideoSource
+from lvdm.data.batch import LatentBatch, VideoBatch
+from lvdm.data.decode import decode_frames
+from lvdm.data.index import open_index
+from lvdm.data.latents import (
+    LatentSetInfo,
+    LatentText,
+    LatentVAE,
+    encode_latent,
+    write_latent_set,
+)
+from lvdm.data.loader import build_loader, build_validation_loader, read_videos
+from lvdm.data.writer import ShardSample
+from lvdm.errors import Requeue, UserError
+from tests.data.conftest import SAMPLES, write_set
+
+SEED, BATCH = 2**40 + 5, 4
+CLIP = ClipConfig(frames=8, height=16, width=16, flip=0.5)
+
+LATENTS = LatentSetInfo(
+    vae=LatentVAE(kind="lvdm", name="somewhere", sha256="ab"),
+    text=LatentText(name="encoder", sha256="cd", max_length=8, dim=3, mask_padding=True),
+    scale=1.0,
+    shift=0.0,
+    clip=CLIP,
+    dtype="fp32",
+    shape=(2, 2, 4, 4),
+    samples=SAMPLES,
+    lvdm_version="0",
+)
+
+
+def video_data(folder: str, workers: int = 0, **changes: object) -> DataConfig:
+    source = VideoSource(shards=[folder], clip=CLIP)
+    return DataConfig.model_validate(
+        {"kind": "video", "video": source, "workers": workers, "text_dropout": 0.3} | changes
+    )
+
+
+def latent_data(folder: str, workers: int = 0) -> DataConfig:
+    return DataConfig(kind="latents", latents=LatentSource(shards=[folder]), workers=workers, text_dropout=0.3)
+
+
+@pytest.fixture(scope="module")
+def latent_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("latents")
+    draws = torch.Generator().manual_seed(0)
+    samples = [
+        ShardSample(
+            f"{number:06d}",
+            encode_latent(
+                torch.randn(4, 2, 4, 4, generator=draws),
+                torch.randn(1 + number % 8, 3, generator=draws),
+                f"caption {number}",
+                "fp32",
+            ),
+        )
+        for number in range(SAMPLES)
+    ]
+    write_set(folder, samples)
+    write_latent_set(str(folder), LATENTS, torch.full((2, 3), 9.0))
+    return str(folder)
+
+
+def digest(*tensors: torch.Tensor) -> str:
+    return hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)).hexdigest()
+
+
+def contents(batches: Iterable[VideoBatch | LatentBatch]) -> list[tuple[int, str, str]]:
+    """Position, pixels or moments, and text of every sample, in the order of the batches."""
+    found = []
+    for batch in batches:
+        for row, position in enumerate(batch.positions):
+            if isinstance(batch, VideoBatch):
+                found.append((position, digest(batch.frames_BCTHW[row]), batch.captions[row]))
+            else:
+                text_LD = batch.text_BLD[row][batch.text_mask_BL[row]]
+                found.append((position, digest(batch.moments_BCTHW[row]), digest(text_LD)))
+    return found
+
+
+def run(
+    data: DataConfig, *, world: int = 1, micro: int = 1, start: int = 0, steps: int = 6
+) -> list[tuple[int, str, str]]:
+    """The samples of all ranks for some steps, by position."""
+    return sorted(
+        itertools.chain.from_iterable(
+            contents(
+                build_loader(
+                    data,
+                    seed=SEED,
+                    batch=BATCH,
+                    micro=micro,
+                    world=world,
+                    rank=rank,
+                    start_step=start,
+                    steps=steps,
+                )
+            )
+            for rank in range(world)
+        )
+    )
+
+
+@pytest.mark.parametrize("kind", ["video", "latents"])
+def test_ranks_workers_and_resuming_change_nothing(kind: str, shards: str, latent_shards: str) -> None:
+    folder, make = (shards, video_data) if kind == "video" else (latent_shards, latent_data)
+    whole = run(make(folder))
+    assert [position for position, _, _ in whole] == list(range(24))
+    for world, workers, micro in [(1, 2, 4), (2, 0, 1), (2, 2, 2), (4, 0, 1), (4, 2, 1)]:
+        assert run(make(folder, workers), world=world, micro=micro) == whole, (world, workers, micro)
+    for world, workers in [(1, 0), (2, 2), (4, 0)]:
+        assert run(make(folder, workers), world=world, start=3) == whole[12:], (world, workers)
+
+
+def test_batches_come_in_the_order_of_the_steps(shards: str) -> None:
+    loader = build_loader(
+        video_data(shards, workers=2), seed=0, batch=8, micro=2, world=2, rank=1, start_step=5, steps=7
+    )
+    assert len(loader) == 4
+    assert [batch.positions for batch in loader] == [[41, 43], [45, 47], [49, 51], [53, 55]]
+    assert [len(batch) for batch in loader] == [2, 2, 2, 2]
+
+
+def test_every_epoch_has_each_sample_once(shards: str) -> None:
+    data = video_data(shards, text_dropout=0.0)
+    captions = [caption for _, _, caption in run(data, steps=12)]
+    first, second = captions[:SAMPLES], captions[SAMPLES : 2 * SAMPLES]
+    assert len(set(first)) == SAMPLES
+    assert sorted(first) == sorted(second)
+    assert first != second
+
+
+def test_samples_are_the_clips_of_the_shards(shards: str, samples: list[ShardSample]) -> None:
+    clip = CLIP.model_copy(update={"flip": 0.0, "start": "center"})
+    data = video_data(shards, shuffle=False, text_dropout=0.0, video=VideoSource(shards=[shards], clip=clip))
+    batch = next(iter(build_loader(data, seed=1, batch=3, micro=3, world=1, rank=0, start_step=0, steps=1)))
+    assert isinstance(batch, VideoBatch)
+    assert batch.frames_BCTHW.shape == (3, 3, 8, 16, 16)
+    for row in range(3):
+        expected_THWC = decode_frames(samples[row].members["mp4"], range(3, 11), 16, 16)
+        np.testing.assert_array_equal(batch.frames_BCTHW[row].permute(1, 2, 3, 0).numpy(), expected_THWC)
+        assert batch.captions[row] == samples[row].meta["caption"]
+
+
+def test_draws_vary_starts_flips_and_dropped_text(shards: str) -> None:
+    once = run(video_data(shards), steps=23)
+    again = [digest_ for _, digest_, _ in once]
+    assert len(set(again)) > SAMPLES * 2  # four epochs of other starts and flips
+    dropped = sum(caption == "" for _, _, caption in once)
+    assert 0.1 < dropped / len(once) < 0.5
+
+
+def test_text_is_padded_and_dropped_text_is_the_unconditional(latent_shards: str) -> None:
+    loader = build_loader(
+        latent_data(latent_shards), seed=SEED, batch=23, micro=23, world=1, rank=0, start_step=0, steps=1
+    )
+    batch = next(iter(loader))
+    assert isinstance(batch, LatentBatch)
+    assert batch.moments_BCTHW.shape == (23, 4, 2, 4, 4)
+    assert batch.text_BLD.shape == (23, 8, 3)
+    assert (batch.text_BLD[~batch.text_mask_BL] == 0).all()
+    dropped = [row for row in range(23) if (batch.text_BLD[row, 0] == 9).all()]
+    assert 2 <= len(dropped) <= 14
+    assert all(batch.text_mask_BL[row].sum() == 2 for row in dropped)
+
+
+def test_validation_is_fixed_and_even(shards: str, samples: list[ShardSample]) -> None:
+    data = video_data(shards)
+    parts = [build_validation_loader(data, [shards], seed=1, samples=10, micro=2, world=3, rank=r) for r in range(3)]
+    assert [len(part) for part in parts] == [2, 2, 2]
+    found = sorted(itertools.chain.from_iterable(map(contents, parts)))
+    assert [position for position, _, _ in found] == list(range(12))  # two beyond the 10, to be left out
+    assert [caption for _, _, caption in found] == [sample.meta["caption"] for sample in samples[:12]]
+    alone = build_validation_loader(data, [shards], seed=99, samples=10, micro=5, world=1, rank=0)
+    assert contents(alone) == found[:10]
+    assert alone.samples == 10
+    assert build_validation_loader(data, [shards], seed=1, samples=99, micro=2, world=1, rank=0).samples == SAMPLES
+
+
+def truncated(video: bytes) -> dict[str, bytes]:
+    return {"mp4": video[: len(video) // 2], "txt": b"cut off"}
+
+
+def garbage(video: bytes) -> dict[str, bytes]:
+    return {"mp4": b"\0" * len(video), "txt": b"garbage"}
+
+
+def missing(video: bytes) -> dict[str, bytes]:
+    return {"txt": b"no video"}
+
+
+@pytest.mark.parametrize("spoil", [truncated, garbage, missing])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_clip_is_replaced_counted_and_listed(
+    spoil: Callable[[bytes], dict[str, bytes]], workers: int, samples: list[ShardSample], tmp_path: Path
+) -> None:
+    bad = {4, 11, 20}
+    mixed = [
+        ShardSample(s.key, spoil(s.members["mp4"]), s.meta) if number in bad else s for number, s in enumerate(samples)
+    ]
+    folder = write_set(tmp_path, mixed)
+    data = video_data(folder, workers, text_dropout=0.0)
+    batches = [
+        batch
+        for rank in range(2)
+        for batch in build_loader(data, seed=7, batch=2, micro=1, world=2, rank=rank, start_step=0, steps=23)
+    ]
+    assert sorted(position for batch in batches for position in batch.positions) == list(range(46))
+    first_epoch = [entry for batch in batches for entry in batch.replaced if entry.position < 23]
+    listed = {entry.key for entry in first_epoch}
+    assert listed == {samples[number].key for number in bad}
+    shard_of = {samples[number].key: f"{folder}/{number // 9:05d}.tar" for number in bad}
+    for batch in batches:
+        for entry in batch.replaced:
+            assert entry.position in batch.positions
+            assert entry.shard == shard_of[entry.key]
+            assert entry.reason
+    shown = {caption for batch in batches if isinstance(batch, VideoBatch) for caption in batch.captions}
+    assert shown == {samples[number].meta["caption"] for number in range(23) if number not in bad}
+    again = build_loader(data, seed=7, batch=2, micro=2, world=1, rank=0, start_step=0, steps=23)
+    assert sorted(contents(again)) == sorted(contents(batches))
+
+
+def test_a_set_of_bad_clips_alone_ends_with_one_line(tmp_path: Path) -> None:
+    folder = write_set(tmp_path, [ShardSample(f"{i}", {"mp4": b"junk"}, {}) for i in range(3)])
+    for workers in (0, 1):
+        with pytest.raises(
+            UserError, match=r"^position 0: the sample and 16 substitutes for it are bad; .*junk|^position 0"
+        ):
+            run(video_data(folder, workers))
+
+
+def test_a_shard_that_vanishes_ends_with_one_line(samples: list[ShardSample], tmp_path: Path) -> None:
+    folder = write_set(tmp_path, samples[:9])
+    for workers in (0, 1):
+        loader = build_loader(
+            video_data(folder, workers), seed=0, batch=1, micro=1, world=1, rank=0, start_step=0, steps=3
+        )
+        (tmp_path / "00000.tar").rename(tmp_path / "gone")
+        with pytest.raises(UserError, match=r"^cannot read .*00000\.tar: FileNotFoundError"):
+            list(loader)
+        (tmp_path / "gone").rename(tmp_path / "00000.tar")
+
+
+def test_a_shard_that_shrinks_is_not_a_bad_sample(
+    samples: list[ShardSample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lvdm.data.fetch.FIRST_PAUSE", 0.001)
+    folder = write_set(tmp_path, samples[:9])
+    loader = build_loader(video_data(folder), seed=0, batch=9, micro=9, world=1, rank=0, start_step=0, steps=1)
+    with open(tmp_path / "00000.tar", "r+b") as stream:
+        stream.truncate(3000)
+    with pytest.raises(Requeue, match="bytes came instead of"):
+        list(loader)
+
+
+def test_bad_latents_are_replaced(latent_shards: str, tmp_path: Path) -> None:
+    def latent(number: int, moments: torch.Tensor) -> ShardSample:
+        return ShardSample(f"{number}", encode_latent(moments, torch.zeros(1, 3), "", "fp32"))
+
+    fine = torch.zeros(4, 2, 4, 4)
+    broken = {
+        "finite": torch.full_like(fine, float("nan")),
+        "exceeds": fine + 2e3,
+        "shape": torch.zeros(4, 2, 4, 5),
+    }
+    samples = [latent(0, fine), latent(1, fine), *(latent(2 + i, m) for i, m in enumerate(broken.values()))]
+    samples.append(ShardSample("5", {"latent.safetensors": b"junk", "text.safetensors": b"junk"}))
+    samples.append(ShardSample("6", {"txt": b"alone"}))
+    folder = write_set(tmp_path, samples)
+    write_latent_set(folder, LATENTS, torch.zeros(1, 3))
+    loader = build_loader(latent_data(folder), seed=1, batch=7, micro=7, world=1, rank=0, start_step=0, steps=1)
+    reasons = {entry.key: entry.reason for batch in loader for entry in batch.replaced}
+    assert set(reasons) == {"2", "3", "4", "5", "6"}
+    for key, text in zip("23456", [*broken, "safetensors", "no .latent.safetensors member"], strict=True):
+        assert text in reasons[key]
+
+
+def test_chosen_rows_are_read_in_order(samples: list[ShardSample], tmp_path: Path) -> None:
+    mixed = [*samples[:3], ShardSample("bad", {"mp4": b"junk", "txt": b"x"}, {}), *samples[4:9]]
+    index = open_index([write_set(tmp_path, mixed)])
+    batches = list(read_videos(video_data(str(tmp_path)), index, [5, 3, 1], batch=2, seed=0))
+    assert [batch.positions for batch in batches] == [[5, 3], [1]]
+    assert batches[0].captions[0] == samples[5].meta["caption"]
+    assert [(entry.position, entry.key) for batch in batches for entry in batch.replaced] == [(3, "bad")]
+
+
+def test_reading_draws_nothing_from_the_global_generator(shards: str) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    run(video_data(shards), steps=1)
+    run(video_data(shards, workers=1), steps=1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_errors_come_before_any_batch(shards: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder of shards"):
+        run(video_data(str(tmp_path / "nowhere")))
+    with pytest.raises(UserError, match="not divisible by 3 ranks"):
+        build_loader(video_data(shards), seed=0, batch=4, micro=1, world=3, rank=0, start_step=0, steps=1)
+
+
+def test_a_batch_moves_to_a_device(shards: str) -> None:
+    batch = next(
+        iter(build_loader(video_data(shards), seed=0, batch=1, micro=1, world=1, rank=0, start_step=0, steps=1))
+    )
+    assert isinstance(batch, VideoBatch)
+    moved = batch.to("meta")
+    assert moved.frames_BCTHW.device.type == "meta"
+    assert moved.captions == batch.captions

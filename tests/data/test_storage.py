@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lvdm.data.storage import atomic_file, locate
+from lvdm.errors import UserError
+
+
+def test_a_file_is_replaced_whole_or_kept(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    target.write_text("old")
+
+    def fail_half_way() -> None:
+        with atomic_file(str(target)) as path:
+            Path(path).write_text("half")
+            raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        fail_half_way()
+    assert target.read_text() == "old"
+    with atomic_file(str(target)) as path:
+        Path(path).write_text("new")
+        assert target.read_text() == "old"
+    assert target.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_unknown_stores_are_refused_in_one_line() -> None:
+    with pytest.raises(UserError, match=r"^cannot open nosuchstore://bucket/set: .*nosuchstore") as caught:
+        locate("nosuchstore://bucket/set")
+    assert "\n" not in str(caught.value)
