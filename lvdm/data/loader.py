@@ -119,15 +119,15 @@ class Loader:
 
 
 def build_loader(
-    data: DataConfig, *, seed: int, batch: int, micro: int, world: int, rank: int, start_step: int, steps: int
+    data: DataConfig, *, seed: int, batch: int, micro: int, world: int, rank: int, first_position: int, steps: int
 ) -> Loader:
-    """The micro-batches of ``rank`` for steps ``start_step`` to ``steps - 1``, ``batch / (micro * world)`` a step.
+    """The micro-batches of ``rank`` for ``steps`` steps from ``first_position`` on, ``batch / (micro * world)`` a step.
 
     Raises:
         UserError: a folder, index or shard is missing or stale, the set is empty, latent folders disagree, or the batch
             arithmetic does not come out even.
     """
-    positions = _StepPositions(batch, micro, world, rank, start_step, max(steps, start_step))
+    positions = _StepPositions(batch, micro, world, rank, first_position, steps)
     if data.kind == "stream":
         assert data.video is not None
         stream = StreamDataset(
@@ -184,19 +184,19 @@ def read_videos(data: DataConfig, index: Index, rows: Sequence[int], *, batch: i
 class _StepPositions(Sequence[list[int]]):
     """The lists of positions of a rank's micro-batches, computed when asked for."""
 
-    def __init__(self, batch: int, micro: int, world: int, rank: int, start_step: int, steps: int) -> None:
+    def __init__(self, batch: int, micro: int, world: int, rank: int, first: int, steps: int) -> None:
         self._arguments = (batch, world, rank, micro)
-        self._start_step, self._steps = start_step, steps
-        self._per_step = len(step_positions(0, *self._arguments))
+        self._first, self._batch, self._steps = first, batch, steps
+        self._per_step = len(step_positions(first, *self._arguments))
 
     def __len__(self) -> int:
-        return (self._steps - self._start_step) * self._per_step
+        return self._steps * self._per_step
 
     def __getitem__(self, i: Any) -> Any:
         if not 0 <= i < len(self):
             raise IndexError(i)
         step, part = divmod(i, self._per_step)
-        return step_positions(self._start_step + step, *self._arguments)[part]
+        return step_positions(self._first + step * self._batch, *self._arguments)[part]
 
 
 def _folders(data: DataConfig) -> list[str]:

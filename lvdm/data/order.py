@@ -2,8 +2,8 @@
 
 Position q belongs to epoch ``q // N`` and takes sample ``pi(q % N)`` of it, where pi is a permutation keyed by (seed,
 epoch). pi is a Feistel network over pairs ``(left, right)`` with ``left * right_size + right`` just above N; a value
-that lands at N or above is sent through again (cycle walking), which keeps it a permutation of 0..N-1. Step k of batch
-B takes positions ``[kB, (k+1)B)``, rank r of W those with ``q % W == r``: the same samples whatever W is.
+that lands at N or above is sent through again (cycle walking), which keeps it a permutation of 0..N-1. A step takes the
+next B positions, rank r of W those with ``q % W == r``: the same samples whatever W is.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def sample_at(position: int, size: int, seed: int, shuffle: bool) -> int:
     return _permute(place, size, _mix(_mix(seed & _MASK64) ^ epoch))
 
 
-def step_positions(step: int, batch: int, world: int, rank: int, micro: int) -> list[list[int]]:
-    """Positions that ``rank`` of ``world`` takes in ``step``, one inner list a micro-batch.
+def step_positions(first: int, batch: int, world: int, rank: int, micro: int) -> list[list[int]]:
+    """Positions that ``rank`` of ``world`` takes in the step from ``first`` on, one inner list a micro-batch.
 
     Raises:
         UserError: if ``batch`` is not a multiple of ``world * micro``.
@@ -37,7 +37,7 @@ def step_positions(step: int, batch: int, world: int, rank: int, micro: int) -> 
             f"batch.size {batch} is not divisible by {world} ranks x batch.micro {micro} = {world * micro}; change one"
         )
     assert 0 <= rank < world
-    mine = [q for q in range(step * batch, (step + 1) * batch) if q % world == rank]
+    mine = [q for q in range(first, first + batch) if q % world == rank]
     return [mine[i : i + micro] for i in range(0, len(mine), micro)]
 
 

@@ -104,8 +104,8 @@ def run(
                     micro=micro,
                     world=world,
                     rank=rank,
-                    start_step=start,
-                    steps=steps,
+                    first_position=start * BATCH,
+                    steps=steps - start,
                 )
             )
             for rank in range(world)
@@ -126,11 +126,18 @@ def test_ranks_workers_and_resuming_change_nothing(kind: str, shards: str, laten
 
 def test_batches_come_in_the_order_of_the_steps(shards: str) -> None:
     loader = build_loader(
-        video_data(shards, workers=2), seed=0, batch=8, micro=2, world=2, rank=1, start_step=5, steps=7
+        video_data(shards, workers=2), seed=0, batch=8, micro=2, world=2, rank=1, first_position=40, steps=2
     )
     assert len(loader) == 4
     assert [batch.positions for batch in loader] == [[41, 43], [45, 47], [49, 51], [53, 55]]
     assert [len(batch) for batch in loader] == [2, 2, 2, 2]
+
+
+def test_a_run_can_go_on_with_another_batch_size(shards: str) -> None:
+    data = video_data(shards)
+    whole = run(data)
+    rest = build_loader(data, seed=SEED, batch=6, micro=3, world=1, rank=0, first_position=8, steps=2)
+    assert contents(rest) == whole[8:20]
 
 
 def test_every_epoch_has_each_sample_once(shards: str) -> None:
@@ -145,7 +152,7 @@ def test_every_epoch_has_each_sample_once(shards: str) -> None:
 def test_samples_are_the_clips_of_the_shards(shards: str, samples: list[ShardSample]) -> None:
     clip = CLIP.model_copy(update={"flip": 0.0, "start": "center"})
     data = video_data(shards, shuffle=False, text_dropout=0.0, video=VideoSource(shards=[shards], clip=clip))
-    batch = next(iter(build_loader(data, seed=1, batch=3, micro=3, world=1, rank=0, start_step=0, steps=1)))
+    batch = next(iter(build_loader(data, seed=1, batch=3, micro=3, world=1, rank=0, first_position=0, steps=1)))
     assert isinstance(batch, VideoBatch)
     assert batch.frames_BCTHW.shape == (3, 3, 8, 16, 16)
     for row in range(3):
@@ -164,7 +171,7 @@ def test_draws_vary_starts_flips_and_dropped_text(shards: str) -> None:
 
 def test_text_is_padded_and_dropped_text_is_the_unconditional(latent_shards: str) -> None:
     loader = build_loader(
-        latent_data(latent_shards), seed=SEED, batch=23, micro=23, world=1, rank=0, start_step=0, steps=1
+        latent_data(latent_shards), seed=SEED, batch=23, micro=23, world=1, rank=0, first_position=0, steps=1
     )
     batch = next(iter(loader))
     assert isinstance(batch, LatentBatch)
@@ -215,7 +222,7 @@ def test_a_bad_clip_is_replaced_counted_and_listed(
     batches = [
         batch
         for rank in range(2)
-        for batch in build_loader(data, seed=7, batch=2, micro=1, world=2, rank=rank, start_step=0, steps=23)
+        for batch in build_loader(data, seed=7, batch=2, micro=1, world=2, rank=rank, first_position=0, steps=23)
     ]
     assert sorted(position for batch in batches for position in batch.positions) == list(range(46))
     first_epoch = [entry for batch in batches for entry in batch.replaced if entry.position < 23]
@@ -229,7 +236,7 @@ def test_a_bad_clip_is_replaced_counted_and_listed(
             assert entry.reason
     shown = {caption for batch in batches if isinstance(batch, VideoBatch) for caption in batch.captions}
     assert shown == {samples[number].meta["caption"] for number in range(23) if number not in bad}
-    again = build_loader(data, seed=7, batch=2, micro=2, world=1, rank=0, start_step=0, steps=23)
+    again = build_loader(data, seed=7, batch=2, micro=2, world=1, rank=0, first_position=0, steps=23)
     assert sorted(contents(again)) == sorted(contents(batches))
 
 
@@ -246,7 +253,7 @@ def test_a_shard_that_vanishes_ends_with_one_line(samples: list[ShardSample], tm
     folder = write_set(tmp_path, samples[:9])
     for workers in (0, 1):
         loader = build_loader(
-            video_data(folder, workers), seed=0, batch=1, micro=1, world=1, rank=0, start_step=0, steps=3
+            video_data(folder, workers), seed=0, batch=1, micro=1, world=1, rank=0, first_position=0, steps=3
         )
         (tmp_path / "00000.tar").rename(tmp_path / "gone")
         with pytest.raises(UserError, match=r"^cannot read .*00000\.tar: FileNotFoundError"):
@@ -259,7 +266,7 @@ def test_a_shard_that_shrinks_is_not_a_bad_sample(
 ) -> None:
     monkeypatch.setattr("lvdm.data.fetch.FIRST_PAUSE", 0.001)
     folder = write_set(tmp_path, samples[:9])
-    loader = build_loader(video_data(folder), seed=0, batch=9, micro=9, world=1, rank=0, start_step=0, steps=1)
+    loader = build_loader(video_data(folder), seed=0, batch=9, micro=9, world=1, rank=0, first_position=0, steps=1)
     with open(tmp_path / "00000.tar", "r+b") as stream:
         stream.truncate(3000)
     with pytest.raises(Requeue, match="bytes came instead of"):
@@ -281,7 +288,7 @@ def test_bad_latents_are_replaced(latent_shards: str, tmp_path: Path) -> None:
     samples.append(ShardSample("6", {"txt": b"alone"}))
     folder = write_set(tmp_path, samples)
     write_latent_set(folder, LATENTS, torch.zeros(1, 3))
-    loader = build_loader(latent_data(folder), seed=1, batch=7, micro=7, world=1, rank=0, start_step=0, steps=1)
+    loader = build_loader(latent_data(folder), seed=1, batch=7, micro=7, world=1, rank=0, first_position=0, steps=1)
     reasons = {entry.key: entry.reason for batch in loader for entry in batch.replaced}
     assert set(reasons) == {"2", "3", "4", "5", "6"}
     for key, text in zip("23456", [*broken, "safetensors", "no .latent.safetensors member"], strict=True):
@@ -309,12 +316,12 @@ def test_errors_come_before_any_batch(shards: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder of shards"):
         run(video_data(str(tmp_path / "nowhere")))
     with pytest.raises(UserError, match="not divisible by 3 ranks"):
-        build_loader(video_data(shards), seed=0, batch=4, micro=1, world=3, rank=0, start_step=0, steps=1)
+        build_loader(video_data(shards), seed=0, batch=4, micro=1, world=3, rank=0, first_position=0, steps=1)
 
 
 def test_a_batch_moves_to_a_device(shards: str) -> None:
     batch = next(
-        iter(build_loader(video_data(shards), seed=0, batch=1, micro=1, world=1, rank=0, start_step=0, steps=1))
+        iter(build_loader(video_data(shards), seed=0, batch=1, micro=1, world=1, rank=0, first_position=0, steps=1))
     )
     assert isinstance(batch, VideoBatch)
     moved = batch.to("meta")

@@ -51,12 +51,17 @@ def test_a_position_far_into_a_huge_set_needs_no_memory() -> None:
 
 @pytest.mark.parametrize(("world", "micro"), [(1, 12), (1, 3), (2, 2), (4, 1), (4, 3)])
 def test_a_step_is_the_same_positions_for_any_number_of_ranks(world: int, micro: int) -> None:
-    parts = [step_positions(7, 12, world, rank, micro) for rank in range(world)]
+    parts = [step_positions(84, 12, world, rank, micro) for rank in range(world)]
     assert sorted(q for part in parts for batch in part for q in batch) == list(range(84, 96))
     for rank, part in enumerate(parts):
         assert len(part) == 12 // world // micro
         assert all(len(batch) == micro for batch in part)
         assert all(q % world == rank for batch in part for q in batch)
+
+
+def test_a_step_may_start_anywhere() -> None:
+    parts = [step_positions(13, 8, 4, rank, 2) for rank in range(4)]
+    assert parts == [[[16, 20]], [[13, 17]], [[14, 18]], [[15, 19]]]
 
 
 def test_an_uneven_batch_is_refused() -> None:
