@@ -30,6 +30,8 @@ def deepspeed_config(
         "stage": engine.zero_stage,
         "contiguous_gradients": True,
         "overlap_comm": on_gpu,
+        # DeepSpeed's own linear for stage 3 adds the bias after rounding the product: other numbers than stages 1 and 2.
+        "memory_efficient_linear": False,
     }
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}

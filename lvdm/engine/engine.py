@@ -37,18 +37,23 @@ class Engine:
     def __init__(
         self, module: torch.nn.Module, config: EngineConfig, batch: BatchConfig, optim: OptimConfig, ranks: Ranks
     ) -> None:
-        on_gpu = ranks.device.type == "cuda"
+        on_gpu, on_bf16 = ranks.device.type == "cuda", config.precision == "bf16"
         self.ranks = ranks
         self.stage, self.precision = config.zero_stage, config.precision
-        self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self.dtype = torch.bfloat16 if on_bf16 else torch.float32
         self.accumulation = accumulation_steps(batch, ranks.world)
         self.record = deepspeed_config(config, batch, optim, ranks.world, on_gpu)
+        # DeepSpeed makes its fp32 masters from weights it has already rounded to bf16; these are put back below.
+        exact = {name: p.detach().clone() for name, p in module.named_parameters()} if on_bf16 else {}
         self._adamw = AdamWWithEMA(module.parameters(), optim, fused=on_gpu and not config.offload_optimizer)
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=module, optimizer=self._adamw, config=self.record, dist_init_required=False
         )
         self.masters = fragments.masters(self._zero)
-        fragments.clear_padding(self.masters, self.fragments())
+        pieces = self.fragments()
+        fragments.clear_padding(self.masters, pieces)
+        for piece in pieces if on_bf16 else []:
+            piece.of(piece.master).copy_(exact[piece.name].flatten().narrow(0, piece.start, piece.length))
         for master in self.masters:
             self._adamw.materialize(master)
 

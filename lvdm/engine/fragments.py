@@ -96,6 +96,7 @@ def publish_masters(optimizer: Any) -> None:
     if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         optimizer.update_lp_params()
         return
+    optimizer._partition_all_parameters()  # whole weights that are still around would be used as they are
     for group in range(len(optimizer.fp32_partitioned_groups_flat)):
         optimizer._reassign_or_swap_out_partitioned_parameters(group)
     if optimizer.persistent_parameters:  # small ones that ZeRO-3 keeps whole on every rank
