@@ -255,7 +255,8 @@ def _scan(stream: Any, url: str) -> Iterator[_Scanned]:
             for member in tar:
                 folder, slash, base = member.name.rpartition("/")
                 stem, dot, extension = base.partition(".")
-                if not (member.isreg() and stem and dot):
+                leaves_the_tar = ".." in folder.split("/") or member.name.startswith("/")
+                if leaves_the_tar or not (member.isreg() and stem and dot):
                     continue
                 key = folder + slash + stem
                 if current is None or key != current.key:

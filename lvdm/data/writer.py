@@ -28,7 +28,7 @@ class ShardSample:
     """One sample on its way into a shard."""
 
     key: str
-    """Name of its members up to the first dot; unique in the set, without dots and slashes."""
+    """Name of its members up to the first dot, unique in the set; foreign ones may have folders in front."""
     members: Mapping[str, bytes]
     """Bytes by extension, such as ``mp4`` and ``txt``; ``json`` is made from ``meta`` unless given."""
     meta: Mapping[str, Any] = field(default_factory=dict)
@@ -75,11 +75,13 @@ def write_shard(folder: str, shard_id: int, samples: Iterable[ShardSample]) -> S
     payload = 0
     name = f"{folder.rstrip('/')}/{shard_id:05d}"
     # fixed owner and time: equal samples give equal bytes
-    how = {"encoder": False, "mtime": 0, "user": "lvdm", "group": "lvdm"}
+    how = {"encoder": False, "mtime": 0, "user": "lvdm", "group": "lvdm", "format": "PAX_FORMAT"}
     with atomic_file(f"{name}.tar") as path, open(path, "wb") as stream, wds.TarWriter(stream, **how) as tar:
         for sample in samples:
-            assert sample.key
-            assert not set(sample.key) & set("./\\"), sample.key
+            *folders, base = sample.key.split("/")
+            assert base, sample.key
+            assert "." not in base, sample.key
+            assert not {"", ".", ".."} & set(folders), sample.key
             row = {**sample.meta, "key": sample.key, "status": sample.status, "error_message": sample.error_message}
             rows.append(row)
             statuses[sample.status] += 1

@@ -74,6 +74,8 @@ def test_foreign_shards(tmp_path: Path) -> None:
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
         add("five.json", b"not json")
+        add("../six.mp4")
+        add("/seven.mp4")
         add(("x" * 200) + ".mp4", b"long")  # needs an extended header
     assert write_index(str(tmp_path)) == 4
     index = open_index([str(tmp_path)])

@@ -9,6 +9,8 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 
+from lvdm.data.fetch import read_sample
+from lvdm.data.index import open_index, write_index
 from lvdm.data.writer import ShardSample, sample_key, write_shard
 
 
@@ -43,6 +45,15 @@ def test_equal_samples_give_equal_tars(samples: list[ShardSample], tmp_path: Pat
     for name in ("one", "two"):
         write_shard(str(tmp_path / name), 0, samples[:5])
     assert (tmp_path / "one/00000.tar").read_bytes() == (tmp_path / "two/00000.tar").read_bytes()
+
+
+def test_keys_of_foreign_shards_survive(tmp_path: Path) -> None:
+    keys = ["v1.0/folder/öne", "x" * 150]
+    write_shard(str(tmp_path), 0, [ShardSample(key, {"txt": b"text"}) for key in keys])
+    write_index(str(tmp_path))
+    index = open_index([str(tmp_path)])
+    assert [index[row].key for row in range(2)] == keys
+    assert read_sample(index[1])["txt"] == b"text"
 
 
 def test_a_shard_that_fails_half_way_leaves_nothing(samples: list[ShardSample], tmp_path: Path) -> None:
