@@ -188,9 +188,9 @@ def _decode(stream: VideoStream, packets: list[_Timed], wanted: set[int]) -> Ite
             if budget < 0:
                 raise BadSample(f"decoding this clip exceeds the limit of {MAX_DECODED_PIXELS} pixels")
         for frame in decoder.decode(packet):
+            if frame.is_corrupt:  # its damage spreads to the frames that refer to it, and nothing marks those
+                raise BadSample("a frame that the clip needs is damaged")
             if frame.pts in left:
-                if frame.is_corrupt:
-                    raise BadSample("a frame is damaged")
                 if frame.width * frame.height > MAX_FRAME_PIXELS:
                     raise BadSample(f"a frame of {frame.width}x{frame.height} exceeds the limit of pixels")
                 left.remove(frame.pts)
