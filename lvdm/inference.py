@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -36,7 +35,8 @@ from lvdm.models.frozen import (
     OwnFrozenVAE,
     load_text_encoder,
 )
-from lvdm.weights.native import file_sha256, load_into, read_config
+from lvdm.models.video_autoencoder import VideoAutoencoder
+from lvdm.weights.native import file_sha256, load_into, read_model
 
 VAE_FOLDER = "vae"
 """Where an export carries its own autoencoder."""
@@ -87,10 +87,11 @@ def load_vae(
         return DiffusersFrozenVAE.load(config, device, dtype)
     scale, shift = scaling or read_scaling(config)
     weights = own_vae_weights(config)
-    model_config = read_config(config.folder)["model"]
+    model_config = read_model(config.folder)[0]["model"]
     if model_config.get("kind") != "video_autoencoder":
         raise UserError(f"vae.folder {config.folder} holds a {model_config.get('kind')}, not a video_autoencoder")
     model = build_model(parse_config(VideoAutoencoderConfig, model_config, source=config.folder), seed=0)
+    assert isinstance(model, VideoAutoencoder)
     load_into(model, config.folder)
     return OwnFrozenVAE(model.to(device, dtype), scale=scale, shift=shift, fingerprint=file_sha256(weights))
 
@@ -195,7 +196,7 @@ def load(folder: str | Path, device: str | torch.device = "", dtype: torch.dtype
     """
     folder = Path(folder)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    tree: dict[str, Any] = read_config(folder)
+    tree, _ = read_model(folder)
     if tree["model"].get("kind") != "text_unet":
         raise UserError(f"{folder} holds a {tree['model'].get('kind')}; sampling needs a text_unet")
     config = parse_training_config(tree["training"], source=str(folder))

@@ -63,7 +63,7 @@ class AutoencoderTask:
 
     @torch.no_grad()
     def validate(
-        self, network: Callable[..., Any], batches: Iterable[VideoBatch], samples: int
+        self, network: Callable[..., Any], batches: Iterable[Any], samples: int
     ) -> tuple[Sums, np.ndarray | None]:
         """Error of reconstructions from the posterior mean, and a picture: clips above their reconstructions."""
         rows: list[np.ndarray] = []

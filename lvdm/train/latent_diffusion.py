@@ -87,7 +87,7 @@ class LatentDiffusionTask:
         return self._loss_at(network, encoded, batch.positions, t_B, self.config.run.seed)
 
     @torch.no_grad()
-    def validate(self, network: Callable[..., Any], batches: Iterable[Batch], samples: int) -> tuple[Sums, None]:
+    def validate(self, network: Callable[..., Any], batches: Iterable[Any], samples: int) -> tuple[Sums, None]:
         """Losses on held-out samples at fixed noise, their times spread evenly over the process."""
         total: Sums = {}
         for batch in batches:

@@ -74,10 +74,15 @@ class Weights(Mapping[str, Tensor]):
 
 
 def save_model(
-    folder: str | Path, state: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], config: Mapping[str, Any]
+    folder: str | Path,
+    state: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    config: Mapping[str, Any],
+    parts: Mapping[str, Path] | None = None,
 ) -> None:
     """Write an exported folder; ``config`` holds all of config.json but format and version.
 
+    Args:
+        parts: exported folders that travel along, by the name of the subfolder they are copied to.
     Raises:
         UserError: ``folder`` exists, or cannot be written.
     """
@@ -97,6 +102,10 @@ def save_model(
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
+        for name, part in (parts or {}).items():
+            (temporary / name).mkdir()
+            for file_name in (WEIGHTS_FILE, CONFIG_FILE):
+                shutil.copyfile(part / file_name, temporary / name / file_name)
         temporary.chmod(0o755)  # mkdtemp's is private
         temporary.rename(folder)
         _sync_folder(folder.parent)

@@ -46,7 +46,7 @@ def test_stage_equals_single_process(results, expected, stage):
     # the gradients of skip connections, and a bf16 sum depends on it; an update is at most lr = 2e-3 a step.
     tolerance = 1e-3 if (precision, stage) == ("bf16", 3) else 1e-6
     assert case["losses"] == pytest.approx(wanted["losses"], rel=tolerance)
-    assert case["norms"] == pytest.approx(wanted["norms"], rel=max(tolerance, 1e-5))
+    assert case["norms"] == pytest.approx(wanted["norms"], rel=3 * tolerance)
     assert_same(case["weights"], wanted["weights"], tolerance)
     assert_same(case["ema"], wanted["ema"], tolerance)
     # In bf16 an average that differs by one rounding shows.

@@ -1,0 +1,80 @@
+"""Encode video shards into latent shards with the frozen VAE and text encoder of a training config.
+
+    python tools/encode_latents.py --config configs/quickstart.yaml
+    python tools/encode_latents.py --config configs/t2v_256.yaml --shards data/a/shards --out data/a/latents --stored bf16
+
+Without --shards and --out, every folder of data.video.shards is encoded into the folder of data.latents.shards at the
+same place in the list. A job that was stopped goes on where it was when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from lvdm.config import LatentDiffusionTraining, load_training_config
+from lvdm.errors import UserError, command_line
+
+
+def main() -> None:
+    """Parse, pair the folders, encode each pair."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="training config that names clip, vae and text encoder")
+    parser.add_argument("--shards", help="folder of video shards")
+    parser.add_argument("--out", help="folder for the latent shards")
+    parser.add_argument("--batch", type=int, default=16, help="clips encoded at once (16)")
+    parser.add_argument("--stored", choices=["fp32", "bf16"], default="fp32", help="type on disk (fp32)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the config")
+    arguments = parser.parse_intermixed_args()
+    with command_line("encode_latents"):
+        config = load_training_config(arguments.config, arguments.overrides)
+        if not isinstance(config, LatentDiffusionTraining) or config.data.video is None:
+            raise UserError(f"{arguments.config} must be a latent_diffusion config with data.video")
+        encode_all(config, arguments)
+
+
+def encode_all(config: LatentDiffusionTraining, arguments: argparse.Namespace) -> None:
+    """Encode each pair of folders with a progress bar, and say what came of it."""
+    import torch
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from lvdm.jobs.encode_latents import encode_folder
+
+    on_gpu = torch.cuda.is_available()
+    for source, target in folder_pairs(config, arguments.shards, arguments.out):
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+        with Progress(*columns) as progress:
+            task = progress.add_task(f"encoding {source}", total=None)
+            done = encode_folder(
+                config,
+                source,
+                target,
+                device=torch.device("cuda" if on_gpu else "cpu"),
+                dtype=torch.bfloat16 if on_gpu else torch.float32,
+                batch=arguments.batch,
+                stored=arguments.stored,
+                progress=lambda count, total: progress.update(task, completed=count, total=total),
+            )
+        earlier = f", {done.skipped_shards} shards finished earlier" if done.skipped_shards else ""
+        print(f"{target}: {done.samples} samples{earlier}, {len(done.failed)} left out as bad")
+        for item in done.failed[:10]:
+            print(f"  {item.shard} {item.key}: {item.reason}")
+
+
+def folder_pairs(config: LatentDiffusionTraining, source: str | None, target: str | None) -> list[tuple[str, str]]:
+    """Source and target folders. Raises `UserError` where they do not pair up."""
+    if bool(source) != bool(target):
+        raise UserError("give both --shards and --out, or neither")
+    if source and target:
+        return [(source, target)]
+    assert config.data.video is not None
+    videos = config.data.video.shards
+    latents = config.data.latents.shards if config.data.latents else []
+    if len(videos) != len(latents):
+        raise UserError(
+            f"data.video.shards has {len(videos)} folders, data.latents.shards {len(latents)}; give --shards"
+        )
+    return list(zip(videos, latents, strict=True))
+
+
+if __name__ == "__main__":
+    main()

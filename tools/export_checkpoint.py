@@ -1,0 +1,40 @@
+"""Export a run's weights to one safetensors file and a config, straight from the fragments of its checkpoint.
+
+python tools/export_checkpoint.py runs/quickstart exports/quickstart
+python tools/export_checkpoint.py runs/quickstart/checkpoints/step-00000500 exports/live_500 --weights live
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lvdm.errors import command_line
+
+
+def main() -> None:
+    """Parse and export with a progress bar."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="run folder, or the folder of one checkpoint")
+    parser.add_argument("out", type=Path, help="new folder for the exported model")
+    parser.add_argument("--weights", choices=["ema", "live"], default="ema", help="averaged (ema) or live weights")
+    arguments = parser.parse_args()
+    with command_line("export_checkpoint"):
+        from rich.progress import Progress
+
+        from lvdm.jobs.export import export_checkpoint
+
+        with Progress() as bar:
+            task = bar.add_task("exporting", total=None)
+            checkpoint = export_checkpoint(
+                arguments.source,
+                arguments.out,
+                arguments.weights,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        size = (arguments.out / "model.safetensors").stat().st_size / 1e6
+        print(f"{arguments.out}: {arguments.weights} weights of {checkpoint.folder}, {size:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
