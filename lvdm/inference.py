@@ -36,7 +36,8 @@ from lvdm.models.frozen import (
     load_text_encoder,
 )
 from lvdm.models.video_autoencoder import VideoAutoencoder
-from lvdm.weights.native import file_sha256, load_into, read_model
+from lvdm.storage import sha256_of
+from lvdm.weights.native import load_into, read_model
 
 VAE_FOLDER = "vae"
 """Where an export carries its own autoencoder."""
@@ -93,7 +94,7 @@ def load_vae(
     model = build_model(parse_config(VideoAutoencoderConfig, model_config, source=config.folder), seed=0)
     assert isinstance(model, VideoAutoencoder)
     load_into(model, config.folder)
-    return OwnFrozenVAE(model.to(device, dtype), scale=scale, shift=shift, fingerprint=file_sha256(weights))
+    return OwnFrozenVAE(model.to(device, dtype), scale=scale, shift=shift, fingerprint=sha256_of(weights))
 
 
 class TextToVideo:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-import os
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
@@ -19,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from lvdm.errors import UserError
+from lvdm.storage import atomic_file
 
 _CRF = "10"  # x264's constant quality, LVDM's choice: next to lossless to the eye
 _GIF_TICKS = 100  # a gif counts time in hundredths of a second
@@ -193,14 +193,8 @@ def _dump(target: Path, buffer: io.BytesIO) -> None:
 
 
 def _write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    with _reported(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            write(temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with _reported(path), atomic_file(str(path)) as temporary:
+        write(Path(temporary))
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ class Launch:
             self.processes.append(process)
 
     def results(self, timeout: float = 120) -> list[Any]:
-        """What ``function`` returned on each rank. Raises `AssertionError` with the traceback of the first that failed."""
+        """What ``function`` returned on each rank. Raises `AssertionError` with the first traceback."""
         deadline = time.monotonic() + timeout
         answers = []
         try:

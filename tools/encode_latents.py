@@ -1,7 +1,7 @@
 """Encode video shards into latent shards with the frozen VAE and text encoder of a training config.
 
     python tools/encode_latents.py --config configs/quickstart.yaml
-    python tools/encode_latents.py --config configs/t2v_256.yaml --shards data/a/shards --out data/a/latents --stored bf16
+    python tools/encode_latents.py --config configs/t2v_256.yaml --shards data/a/shards --out data/a/latents
 
 Without --shards and --out, every folder of data.video.shards is encoded into the folder of data.latents.shards at the
 same place in the list. A job that was stopped goes on where it was when it is started again.
@@ -35,15 +35,13 @@ def main() -> None:
 def encode_all(config: LatentDiffusionTraining, arguments: argparse.Namespace) -> None:
     """Encode each pair of folders with a progress bar, and say what came of it."""
     import torch
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from lvdm.jobs.encode_latents import encode_folder
+    from lvdm.jobs.progress import progress_line
 
     on_gpu = torch.cuda.is_available()
     for source, target in folder_pairs(config, arguments.shards, arguments.out):
-        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-        with Progress(*columns) as progress:
-            task = progress.add_task(f"encoding {source}", total=None)
+        with progress_line(f"encoding {source}", "clips") as progress:
             done = encode_folder(
                 config,
                 source,
@@ -52,7 +50,7 @@ def encode_all(config: LatentDiffusionTraining, arguments: argparse.Namespace) -
                 dtype=torch.bfloat16 if on_gpu else torch.float32,
                 batch=arguments.batch,
                 stored=arguments.stored,
-                progress=lambda count, total: progress.update(task, completed=count, total=total),
+                progress=progress,
             )
         earlier = f", {done.skipped_shards} shards finished earlier" if done.skipped_shards else ""
         print(f"{target}: {done.samples} samples{earlier}, {len(done.failed)} left out as bad")

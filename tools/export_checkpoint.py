@@ -20,18 +20,11 @@ def main() -> None:
     parser.add_argument("--weights", choices=["ema", "live"], default="ema", help="averaged (ema) or live weights")
     arguments = parser.parse_args()
     with command_line("export_checkpoint"):
-        from rich.progress import Progress
-
         from lvdm.jobs.export import export_checkpoint
+        from lvdm.jobs.progress import progress_line
 
-        with Progress() as bar:
-            task = bar.add_task("exporting", total=None)
-            checkpoint = export_checkpoint(
-                arguments.source,
-                arguments.out,
-                arguments.weights,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
-            )
+        with progress_line("exporting", "tensors") as progress:
+            checkpoint = export_checkpoint(arguments.source, arguments.out, arguments.weights, progress)
         size = (arguments.out / "model.safetensors").stat().st_size / 1e6
         print(f"{arguments.out}: {arguments.weights} weights of {checkpoint.folder}, {size:.1f} MB")
 

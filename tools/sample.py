@@ -14,6 +14,9 @@ from pathlib import Path
 
 from lvdm.errors import UserError, command_line
 
+_WATCHABLE = 128
+"""Height in pixels to which smaller clips are enlarged by whole multiples."""
+
 
 def main() -> None:
     """Parse, read the prompts, sample, write."""
@@ -50,16 +53,14 @@ def read_prompts(given: list[str], file: Path | None) -> list[str]:
 
 def sample_all(arguments: argparse.Namespace, prompts: list[str]) -> None:
     """Sample with a progress bar and write ``clip-NNNN.{mp4,gif}``, ``samples.json`` and ``contact_sheet.png``."""
-    from rich.progress import Progress
-
     from lvdm.inference import load
+    from lvdm.jobs.progress import progress_line
     from lvdm.media import contact_sheet, write_gif, write_mp4
 
     model = load(arguments.model)
     flow = model.config.diffusion.parameterization == "flow"
     seeds = [arguments.seed + i for i in range(len(prompts))]
-    with Progress() as bar:
-        task = bar.add_task("sampling", total=None)
+    with progress_line("sampling", "steps") as progress:
         clips = model.sample(
             prompts,
             seeds=seeds,
@@ -69,12 +70,13 @@ def sample_all(arguments: argparse.Namespace, prompts: list[str]) -> None:
             sampler=arguments.sampler or ("flow_euler" if flow else "ddim"),
             eta=arguments.eta,
             batch=arguments.batch,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
         ).numpy()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    scale = max(1, _WATCHABLE // clips.shape[2])
     for number, clip in enumerate(clips):
-        write_mp4(arguments.out / f"clip-{number:04d}.mp4", clip, fps=arguments.fps)
-        write_gif(arguments.out / f"clip-{number:04d}.gif", clip, fps=arguments.fps)
+        write_mp4(arguments.out / f"clip-{number:04d}.mp4", clip, arguments.fps, scale=scale)
+        write_gif(arguments.out / f"clip-{number:04d}.gif", clip, arguments.fps, scale=scale)
     contact_sheet(arguments.out / "contact_sheet.png", list(clips), prompts)
     record = {"model": str(arguments.model), "prompts": prompts, "seeds": seeds} | {
         name: getattr(arguments, name) for name in ("negative", "sampler", "steps", "guidance", "eta")

@@ -148,7 +148,7 @@ class TextUNetConfig(Section):
     res_blocks: PositiveInt = 2
     """Residual blocks per level."""
     attention_levels: tuple[NonNegativeInt, ...] = (0, 1, 2)
-    """Levels (0 is full resolution) with a space-time transformer behind each residual block; the middle has one too."""
+    """Levels (0 is full resolution) with a space-time transformer behind each residual block; the middle has one."""
     heads: PositiveInt = 8
     """Attention heads; the head dimension is channels / heads."""
     transformer_depth: PositiveInt = 1
@@ -297,8 +297,8 @@ class EngineConfig(Section):
     def _stage(cls, stage: int) -> int:
         if stage == 0:
             raise ValueError(
-                "stage 0 is refused: there DeepSpeed steps on non-finite gradients and cannot accumulate bf16 gradients "
-                "in fp32; use 1, which does the same work on one rank"
+                "stage 0 is refused: there DeepSpeed steps on non-finite gradients and cannot accumulate bf16 ones in "
+                "fp32; use 1, which does the same work on one rank"
             )
         if stage not in (1, 2, 3):
             raise ValueError(f"there is no ZeRO stage {stage}; use 1, 2 or 3")

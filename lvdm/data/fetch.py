@@ -9,8 +9,8 @@ from collections.abc import Callable
 from fsspec import AbstractFileSystem
 
 from lvdm.data.index import SampleRecord
-from lvdm.data.storage import locate
 from lvdm.errors import Requeue, UserError
+from lvdm.storage import locate
 
 ATTEMPTS = 5
 FIRST_PAUSE = 0.2

@@ -26,8 +26,8 @@ from typing import Any
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
-from lvdm.data.storage import atomic_file, locate
 from lvdm.errors import UserError
+from lvdm.storage import atomic_file, locate
 
 INDEX_NAME = "index.arrow"
 _VERSION = 1

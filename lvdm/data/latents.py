@@ -24,8 +24,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from lvdm.config import ClipConfig, Section
-from lvdm.data.storage import atomic_file, locate
 from lvdm.errors import BadSample, UserError
+from lvdm.storage import atomic_file, locate
 
 INFO_NAME = "latents.json"
 UNCONDITIONAL_NAME = "unconditional.safetensors"

@@ -24,8 +24,8 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from lvdm.config import ClipConfig
 from lvdm.data.batch import LatentBatch, Replacement, VideoBatch
 from lvdm.data.samples import Failure, VideoSample, collate, load_clip
-from lvdm.data.storage import locate
 from lvdm.errors import BadSample, Requeue, UserError
+from lvdm.storage import locate
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import webdataset as wds
 
-from lvdm.data.storage import atomic_file
+from lvdm.storage import atomic_file
 
 Status = str  # success, failed_to_download or failed_to_subsample, as video2dataset calls them
 

@@ -15,11 +15,9 @@ other wrote, and nothing is ever unpickled. Reading needs neither DeepSpeed nor 
 from __future__ import annotations
 
 import bisect
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lvdm.errors import UserError
+from lvdm.storage import sha256_of, sync, write_text
 
 FORMAT = "lvdm-checkpoint"
 VERSION = 1
@@ -147,7 +146,7 @@ def write_rank_file(folder: Path, rank: int, tensors: Mapping[str, torch.Tensor]
     path = folder / f"rank-{rank:05d}.safetensors"
     try:
         save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, path)
-        _sync(path)
+        sync(path)
         return {"name": path.name, "size": path.stat().st_size, "sha256": sha256_of(path)}
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write checkpoint file {path}: {error}") from None
@@ -156,14 +155,14 @@ def write_rank_file(folder: Path, rank: int, tensors: Mapping[str, torch.Tensor]
 def publish(partial: Path, final: Path, manifest: Manifest) -> None:
     """Make a checkpoint visible: manifest into ``partial``, rename to ``final``, then move ``latest`` to it."""
     tree = {"format": FORMAT, "version": VERSION} | vars(manifest)
-    write_atomically(partial / MANIFEST, json.dumps(tree, indent=1, sort_keys=True))
-    _sync(partial)
+    write_text(partial / MANIFEST, json.dumps(tree, indent=1, sort_keys=True))
+    sync(partial)
     if final.exists():
         shutil.rmtree(final)  # of the same step, written before a rollback
     partial.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     Checkpoint(final)
-    write_atomically(final.parent / LATEST, final.name)
+    write_text(final.parent / LATEST, final.name)
 
 
 def delete_old(root: Path, keep: int) -> None:
@@ -238,21 +237,6 @@ def check_shapes(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tup
         raise UserError(f"{source} is of another model than the config describes ({'; '.join(parts)})")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` so that a reader or a crash sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    temporary.replace(path)
-    _sync(path.parent)
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
@@ -272,20 +256,6 @@ def _read_manifest(folder: Path) -> Manifest:
 def newest_first(root: Path) -> list[Path]:
     """Folders of the checkpoints under ``root``, newest first, complete or not."""
     return sorted((folder for folder in root.glob("step-*") if folder.is_dir()), reverse=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def iterate_parameters(checkpoint: Checkpoint, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter of ``kind`` with its name, one at a time."""
-    for name in checkpoint.manifest.shapes:
-        yield name, checkpoint.parameter(kind, name)
 
 
 def piece_key(kind: str, start: int, name: str) -> str:

@@ -30,7 +30,7 @@ def deepspeed_config(
         "stage": engine.zero_stage,
         "contiguous_gradients": True,
         "overlap_comm": on_gpu,
-        # DeepSpeed's own linear for stage 3 adds the bias after rounding the product: other numbers than stages 1 and 2.
+        # DeepSpeed's own linear for stage 3 rounds before it adds the bias: other numbers than stages 1 and 2.
         "memory_efficient_linear": False,
     }
     if engine.offload_optimizer:

@@ -24,10 +24,10 @@ from lvdm.data.decode import VIDEO_EXTENSIONS, VideoInfo, decode_frames, iterate
 from lvdm.data.encode import encode_mp4
 from lvdm.data.fetch import read_file
 from lvdm.data.index import INDEX_NAME, write_index
-from lvdm.data.storage import locate
 from lvdm.data.writer import ShardSample, sample_key, write_shard
 from lvdm.errors import BadSample, Requeue, UserError
 from lvdm.jobs.progress import Report, silent
+from lvdm.storage import locate
 
 TRAIN, HELD_OUT = "train", "held_out"
 """Folders of the two parts of the moving shapes."""

@@ -10,7 +10,6 @@ holds only pickled weights is refused.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from lvdm.config import DiffusersVAE, TextEncoderConfig
 from lvdm.errors import UserError
 from lvdm.models.video_autoencoder import VideoAutoencoder
+from lvdm.storage import sha256_of
 
 
 class FrozenVAE(ABC):
@@ -107,7 +107,7 @@ class DiffusersFrozenVAE(FrozenVAE):
                 folder, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
             )
         _check_complete(report["missing_keys"], folder)
-        return cls(model.to(device), scale=config.scale, shift=config.shift, fingerprint=sha256(files))
+        return cls(model.to(device), scale=config.scale, shift=config.shift, fingerprint=sha256_of(*files))
 
     def encode(self, frames_BCTHW: Tensor) -> Tensor:
         return self._per_frame(lambda x_NCHW: self.model.encode(x_NCHW).latent_dist.parameters, frames_BCTHW)
@@ -189,7 +189,7 @@ def load_text_encoder(config: TextEncoderConfig, device: torch.device | str, dty
         tokenizer,
         max_length=config.max_length,
         mask_padding=config.mask_padding,
-        fingerprint=sha256(files),
+        fingerprint=sha256_of(*files),
     )
 
 
@@ -282,16 +282,6 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
             "convert them to safetensors"
         )
     raise UserError(f"no weights in {folder}: {whole.name} is missing")
-
-
-def sha256(files: Sequence[Path]) -> str:
-    """SHA-256, in hex, of the files' bytes one after the other."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def freeze(model: Any) -> Any:

@@ -37,6 +37,9 @@ def block_strides(downsample: Sequence[int]) -> list[Stride]:
     ]
 
 
+_INITIAL_LOGVAR = -6.0
+
+
 class VideoAutoencoder(nn.Module):
     """Encoder, Gaussian posterior and decoder of video clips."""
 
@@ -55,6 +58,9 @@ class VideoAutoencoder(nn.Module):
         self.quant_conv = nn.Conv3d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv3d(latent_channels, latent_channels, 1)
         self.decoder = Decoder(hidden_channels, downsample, latent_channels, norm_groups)
+        # A posterior of unit variance would drown the mean in noise for the first thousands of steps.
+        assert self.quant_conv.bias is not None
+        nn.init.constant_(self.quant_conv.bias[latent_channels:], _INITIAL_LOGVAR)
 
     def encode(self, frames_BCTHW: Tensor) -> Tensor:
         """Posterior moments ``[B, 2 * latent_channels, T/ft, H/fh, W/fw]`` of RGB frames in -1..1.

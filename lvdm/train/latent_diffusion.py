@@ -13,13 +13,13 @@ from lvdm.data.batch import LatentBatch, VideoBatch
 from lvdm.data.latents import LatentSetInfo, agreed_latent_set
 from lvdm.diffusion.denoiser import Denoiser
 from lvdm.diffusion.objective import diffusion_loss, draw_noise, draw_timesteps, quarter_means
-from lvdm.engine.checkpoint import sha256_of
 from lvdm.errors import UserError
 from lvdm.inference import frames_to_float, load_vae, own_vae_weights, read_scaling
 from lvdm.models.build import build_model
 from lvdm.models.frozen import FrozenTextEncoder, FrozenVAE, load_text_encoder
 from lvdm.models.video_autoencoder import sample_posterior
 from lvdm.randomness import Purpose, normal, seed_from_text
+from lvdm.storage import sha256_of
 from lvdm.train.metrics import Sums
 
 Batch = LatentBatch | VideoBatch

@@ -288,8 +288,8 @@ def _announce(
     origin = f"going on at step {clock.step}" if clock.step else "new run"
     print(
         f"{run.path}: {origin}; {config.model.kind} of {size}; {config.run.steps} steps of {config.batch.size} "
-        f"samples; {ranks.world} rank{'s' * (ranks.world > 1)} on {ranks.device.type}, ZeRO-{config.engine.zero_stage}, "
-        f"{config.engine.precision}",
+        f"samples; {ranks.world} rank{'s' * (ranks.world > 1)} on {ranks.device.type}, "
+        f"ZeRO-{config.engine.zero_stage}, {config.engine.precision}",
         flush=True,
     )
 

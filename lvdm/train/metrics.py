@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from lvdm.engine.checkpoint import write_atomically
 from lvdm.engine.distributed import sum_over_ranks
+from lvdm.storage import write_text
 
 Sums = dict[str, tuple[torch.Tensor, torch.Tensor | float]]
 """By name: the sum of a quantity (a scalar on the device) and the number of things summed."""
@@ -51,7 +51,7 @@ class MetricsWriter:
         if enabled:
             if log.exists():
                 kept = [line for line in log.read_text().splitlines() if _step_of(line) <= from_step]
-                write_atomically(log, "".join(line + "\n" for line in kept))
+                write_text(log, "".join(line + "\n" for line in kept))
             self._log = log.open("a", encoding="utf-8")
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from lvdm.config import AnyTraining, dump_yaml, parse_training_config, read_tree
 from lvdm.errors import UserError
+from lvdm.storage import write_text
 
 _FIXED = ("task", "model", "diffusion", "loss", "vae", "text", "run.seed", "data.kind", "data.video", "data.latents")
 """Fields that define what is learnt from which sequence of samples; a run that goes on keeps them."""
@@ -69,10 +70,8 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self.images.mkdir(exist_ok=True)
         environment = {"command": sys.argv, "ranks": ranks} | describe_environment()
-        (self.path / "environment.json").write_text(json.dumps(environment, indent=1) + "\n", encoding="utf-8")
-        partial = self.path / ".config.yaml.tmp"
-        partial.write_text(dump_yaml(self.config), encoding="utf-8")
-        partial.replace(self.path / "config.yaml")
+        write_text(self.path / "environment.json", json.dumps(environment, indent=1) + "\n")
+        write_text(self.path / "config.yaml", dump_yaml(self.config))
 
 
 def describe_environment() -> dict[str, Any]:

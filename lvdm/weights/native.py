@@ -11,7 +11,6 @@ exporting needs the memory of one tensor. Nothing is ever unpickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lvdm.errors import UserError
+from lvdm.storage import sync
 
 FORMAT = "lvdm"
 VERSION = 1
@@ -108,7 +108,7 @@ def save_model(
                 shutil.copyfile(part / file_name, temporary / name / file_name)
         temporary.chmod(0o755)  # mkdtemp's is private
         temporary.rename(folder)
-        _sync_folder(folder.parent)
+        sync(folder.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -171,12 +171,6 @@ def copy_weights(module: nn.Module, weights: Weights, source: str) -> None:
             tensor.copy_(weights[name])
 
 
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Write a safetensors file tensor by tensor. Raises `ValueError` when a name comes twice."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -209,11 +203,3 @@ def _write_header(file: BinaryIO, header: dict[str, Any]) -> None:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

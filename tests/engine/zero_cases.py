@@ -161,7 +161,7 @@ def all_cases() -> dict[str, Any]:
 
 
 def reference(precision: str, world: int = 2, micro: int = 2) -> dict[str, Any]:
-    """The same training in one process with torch alone: fp32 masters, fp32 accumulation, plain AdamW, plain average."""
+    """The same training in one process with torch alone: fp32 masters and accumulation, plain AdamW and average."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     master = network()
     model = copy.deepcopy(master).to(dtype)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import json
 
 import pytest
@@ -9,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lvdm.errors import UserError
-from lvdm.weights.native import Weights, copy_weights, file_sha256, load_into, read_model, save_model
+from lvdm.weights.native import Weights, copy_weights, load_into, read_model, save_model
 
 CONFIG = {"model": {"kind": "text_unet"}, "weights": "ema", "provenance": {"step": 3}}
 
@@ -116,8 +115,3 @@ def test_truncated_weights_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(UserError, match="not a readable safetensors file"):
         Weights(path)
-
-
-def test_sha256(tmp_path):
-    (tmp_path / "file").write_bytes(b"abc" * 1000)
-    assert file_sha256(tmp_path / "file") == hashlib.sha256(b"abc" * 1000).hexdigest()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import fsspec
 from fsspec import AbstractFileSystem
@@ -38,19 +40,34 @@ def atomic_file(url: str) -> Iterator[str]:
         path = os.path.join(scratch, os.path.basename(target))
         yield path
         if local:
-            with open(path, "rb") as stream:
-                os.fsync(stream.fileno())
+            sync(path)
             os.replace(path, target)
-            _sync_folder(folder)
+            sync(folder)
         else:
             fs.put_file(path, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _sync_folder(folder: str) -> None:
-    """Make a rename in ``folder`` survive a crash of the machine."""
-    handle = os.open(folder, os.O_RDONLY)
+def write_text(path: str | Path, text: str) -> None:
+    """Replace a file by ``text`` so that a reader or a crash sees the old content or the new, never a part."""
+    with atomic_file(str(path)) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
+
+
+def sha256_of(*paths: str | Path) -> str:
+    """SHA-256, in hex, of the bytes of local files one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def sync(path: str | Path) -> None:
+    """Make a local file's content, or the renames in a folder, survive a crash of the machine."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
