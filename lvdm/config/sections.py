@@ -253,6 +253,10 @@ class DiffusionConfig(Section):
 class ReconstructionConfig(Section):
     """Losses of the video autoencoder."""
 
+    l1_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the mean absolute error of pixels in -1..1, LVDM's pixel loss."""
+    l2_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of their mean squared error; some of it helps small coloured things to be learnt early."""
     kl_weight: Annotated[float, Field(ge=0)] = 1e-6
     """Weight of the KL divergence to the unit Gaussian (sum over a latent, mean over the batch). LVDM releases: 0."""
 

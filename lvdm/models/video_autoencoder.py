@@ -37,7 +37,7 @@ def block_strides(downsample: Sequence[int]) -> list[Stride]:
     ]
 
 
-_INITIAL_LOGVAR = -6.0
+_INITIAL_LOGVAR = -10.0
 
 
 class VideoAutoencoder(nn.Module):

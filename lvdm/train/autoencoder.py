@@ -21,7 +21,7 @@ _SHOWN = 6
 
 
 class AutoencoderTask:
-    """Model and loss: mean absolute error of pixels in -1..1, plus the weighted KL divergence.
+    """Model and loss: absolute and squared error of pixels in -1..1, and KL divergence, by their weights.
 
     LVDM sums the error over the pixels of a frame and the divergence over a latent. Both are divided here by the number
     of values in a frame (3 x H x W), so that the loss reads as an error per pixel; the minimum is the same.
@@ -54,12 +54,16 @@ class AutoencoderTask:
         frames = frames_to_float(batch.to(self.device).frames_BCTHW)
         noise = torch.from_numpy(normal(self.config.run.seed, batch.positions, Purpose.POSTERIOR, self.latent_shape))
         reconstruction, mean, logvar = network(frames.to(self.dtype), noise.to(self.device, self.dtype))
-        error = (reconstruction.float() - frames).abs().mean()
+        difference = reconstruction.float() - frames
+        l1, l2 = difference.abs().mean(), difference.square().mean()
         mean, logvar = mean.float(), logvar.float()
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / len(batch)
-        loss = error + self.config.loss.kl_weight * divergence / self._values_per_frame
+        weights = self.config.loss
+        loss = weights.l1_weight * l1 + weights.l2_weight * l2
+        loss = loss + weights.kl_weight * divergence / self._values_per_frame
         size = float(len(batch))
-        return loss, {"loss": (loss * size, size), "l1": (error * size, size), "kl": (divergence * size, size)}
+        named = {"loss": loss, "l1": l1, "l2": l2, "kl": divergence}
+        return loss, {name: (value * size, size) for name, value in named.items()}
 
     @torch.no_grad()
     def validate(

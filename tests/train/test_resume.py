@@ -1,0 +1,92 @@
+"""Runs that stop and go on: killed, on other ranks, in other stages."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lvdm.engine.checkpoint import open_checkpoint
+from tests.conftest import Toy
+from tests.ranks import Launch, run_ranks
+from tests.train.runs import log_of, losses_of, run, state_of
+
+
+@pytest.fixture(scope="module")
+def straight(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six steps on two ranks in ZeRO-2, never stopped."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    run_ranks(run, 2, toy.diffusion(folder))
+    return folder
+
+
+def test_kill_and_resume_is_bit_for_bit_the_straight_run(toy: Toy, straight: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    tree = toy.diffusion(folder, run__save_every=3, run__steps=10**6)
+    launch = Launch(run, 2, (tree,))
+    wait_for_step(folder, 5)
+    launch.kill()  # SIGKILL to both ranks, somewhere behind step 5
+    assert (folder / "checkpoints" / "latest").read_text() in {"step-00000003", "step-00000006"}
+    for newer in folder.glob("checkpoints/step-*[!3]"):
+        newer.rename(newer.with_name(".out-of-the-way"))  # so that it goes on from step 3, however late the kill came
+    run_ranks(run, 2, toy.diffusion(folder))
+    assert_equal_state(folder, straight)
+    assert losses_of(folder) == losses_of(straight)
+    assert [line["step"] for line in log_of(folder)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_other_ranks_and_stages_go_on_with_the_same_run(toy: Toy, straight: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for world, stage, steps in ((2, 2, 2), (1, 1, 4), (4, 3, 6)):
+        run_ranks(run, world, toy.diffusion(folder, run__steps=steps, engine__zero_stage=stage))
+    assert losses_of(folder) == pytest.approx(losses_of(straight), rel=1e-5)
+    there, here = state_of(straight), state_of(folder)
+    assert there.keys() == here.keys()
+    for name in there:
+        torch.testing.assert_close(here[name], there[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_another_batch_size_goes_on_behind_the_samples_already_seen(toy: Toy, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run_ranks(run, 1, toy.diffusion(folder, run__steps=2))
+    run_ranks(run, 1, toy.diffusion(folder, run__steps=4, batch__size=2))
+    assert open_checkpoint(folder).manifest.clock["samples"] == 2 * 4 + 2 * 2
+
+
+def test_damaged_newest_checkpoint_is_named_and_passed_over(toy: Toy, straight: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run_ranks(run, 2, toy.diffusion(folder, run__save_every=3))
+    damaged = folder / "checkpoints" / "step-00000006" / "rank-00001.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[-5] ^= 1
+    damaged.write_bytes(data)
+    said = run_ranks(run, 2, toy.diffusion(folder))
+    assert f"damaged checkpoint passed over: {damaged} has changed" in said[0]
+    assert "going on at step 3" in said[0]
+    assert said[1] == ""
+    assert_equal_state(folder, straight)
+
+
+def test_all_checkpoints_damaged_is_an_error_and_no_new_start(toy: Toy, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run_ranks(run, 1, toy.diffusion(folder, run__steps=1))
+    (folder / "checkpoints" / "step-00000001" / "manifest.json").write_text("{")
+    with pytest.raises(AssertionError, match="every checkpoint in .* is damaged"):
+        run_ranks(run, 1, toy.diffusion(folder))
+
+
+def assert_equal_state(one: Path, other: Path) -> None:
+    mine, theirs = state_of(one), state_of(other)
+    assert mine.keys() == theirs.keys()
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+
+
+def wait_for_step(folder: Path, step: int, timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if (folder / "log.jsonl").is_file() and len((folder / "log.jsonl").read_text().splitlines()) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step} within {timeout} s")

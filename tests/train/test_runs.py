@@ -1,0 +1,154 @@
+"""What a run leaves behind, what it refuses, and what it does with bad clips and signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lvdm.data.index import open_index
+from tests.conftest import Toy
+from tests.ranks import Launch, run_ranks
+from tests.train.runs import log_of, run
+from tests.train.test_resume import wait_for_step
+
+
+@pytest.fixture(scope="module")
+def autoencoder_run(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("autoencoder") / "run"
+    return folder, run_ranks(run, 1, toy.autoencoder(folder))[0]
+
+
+def test_autoencoder_run_leaves_log_picture_config_and_environment(autoencoder_run: tuple[Path, str]) -> None:
+    folder, said = autoencoder_run
+    assert "step 3/3" in said
+    assert "left 0:00:00" in said
+    lines = log_of(folder)
+    trained = [line for line in lines if "loss" in line]
+    validated = [line for line in lines if "validation_ema/psnr" in line]
+    assert [line["step"] for line in trained] == [1, 2, 3]
+    assert [line["step"] for line in validated] == [2, 3]
+    assert all(line["samples_per_second"] > 0 and 0 <= line["data_wait_fraction"] <= 1 for line in trained)
+    picture = np.asarray(Image.open(folder / "images" / "reconstructions-00000003.png"))
+    assert picture.shape == (4 * 2 * 16, 2 * 16, 3)  # 4 clips above their reconstructions, every other frame
+    assert list((folder / "tensorboard").glob("events*"))
+    assert json.loads((folder / "environment.json").read_text())["ranks"] == 1
+
+
+def test_validation_compares_live_and_averaged_weights(autoencoder_run: tuple[Path, str]) -> None:
+    folder, _ = autoencoder_run
+    line = log_of(folder)[-1]
+    assert line["validation/l1"] != line["validation_ema/l1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run__resume": "never"}, "already holds a run"),
+        ({"run__seed": 6}, "cannot go on with a changed run.seed: 5 -> 6"),
+        ({"model__hidden_channels": 8}, "cannot go on with a changed model.hidden_channels: 4 -> 8"),
+        ({"run__folder": "/nonexistent/empty", "run__resume": "must"}, "holds no run"),
+        ({"run__folder": "{new}", "data__video__shards": ["/nowhere"]}, "no such folder of shards: /nowhere"),
+        ({"run__folder": "{new}", "data__video__clip": {"frames": 5, "height": 16, "width": 16}}, "not divisible by model"),
+        ({"run__folder": "{new}", "validation__samples": 1}, "fewer than batch.micro x ranks"),
+        ({"run__folder": "{new}", "run__init_from": "/nowhere"}, "/nowhere is not an exported model"),
+    ],
+)
+def test_bad_input_is_one_clear_error(
+    toy: Toy, autoencoder_run: tuple[Path, str], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    folder, _ = autoencoder_run
+    new = tmp_path / "new"
+    changes = {key: str(new) if value == "{new}" else value for key, value in changes.items()}
+    with pytest.raises(AssertionError, match=f"UserError: .*{message}"):
+        run_ranks(run, 1, toy.autoencoder(folder, **changes))
+    assert not new.exists()
+
+
+def test_bad_input_on_one_rank_stops_all_and_names_it(toy: Toy, tmp_path: Path) -> None:
+    launch = Launch(run_unless_hidden, 2, (toy.autoencoder(tmp_path / "run", batch__size=4),))
+    with pytest.raises(AssertionError, match=r"UserError: no such folder of shards: /hidden.* \(on rank 1\)"):
+        launch.results()
+
+
+def run_unless_hidden(tree: dict[str, Any]) -> str:
+    """As `run`, with shards that rank 1 alone cannot see."""
+    if os.environ["RANK"] == "1":
+        tree["data"]["video"]["shards"] = ["/hidden"]
+    return run(tree)
+
+
+def test_clips_that_do_not_decode_are_replaced_counted_and_listed(toy: Toy, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    broken = copy_with_broken_clips(Path(toy.shards), shards, count=4)
+    folder = tmp_path / "run"
+    tree = toy.autoencoder(
+        folder, data__video__shards=[str(shards)], run__steps=6, batch__size=4, run__save_every=100, validation__shards=[]
+    )
+    run_ranks(run, 2, tree)  # 24 positions: every clip once
+    listed = [json.loads(line) for line in (folder / "replaced.jsonl").read_text().splitlines()]
+    assert {item["key"] for item in listed} >= broken
+    assert all(item["reason"] and item["shard"].endswith(".tar") for item in listed)
+    lines = log_of(folder)
+    assert lines[-1]["replaced"] == len(listed) >= 4
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_too_many_bad_clips_stop_the_run_on_all_ranks(toy: Toy, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    copy_with_broken_clips(Path(toy.shards), shards, count=12)
+    tree = toy.autoencoder(
+        tmp_path / "run", data__video__shards=[str(shards)], data__max_bad_fraction=0.002, run__steps=6, batch__size=4
+    )
+    with pytest.raises(AssertionError, match="had bad bytes, more than data.max_bad_fraction 0.002"):
+        run_ranks(run, 2, tree | {"validation": {}})
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_saves_and_stops_all(toy: Toy, tmp_path: Path, number: signal.Signals) -> None:
+    folder = tmp_path / "run"
+    launch = Launch(run, 2, (toy.diffusion(folder, run__steps=10**6),))
+    wait_for_step(folder, 2)
+    os.kill(launch.processes[1].pid or 0, number)
+    with pytest.raises(AssertionError, match="Requeue: asked to, after step"):
+        launch.results()
+    stopped_at = log_of(folder)[-1]["step"]
+    assert (folder / "checkpoints" / "latest").read_text() == f"step-{stopped_at:08d}"
+
+
+def test_video_shards_and_their_latents_train_alike(toy: Toy, tmp_path: Path) -> None:
+    """Same source and seed, fixed clip start: the same samples, draws and, but for rounding, losses."""
+    stored, decoded = tmp_path / "latents", tmp_path / "video"
+    run_ranks(run, 1, toy.diffusion(stored, run__steps=3))
+    run_ranks(run, 1, toy.diffusion(decoded, run__steps=3, data__kind="video"))
+    first, second = ([line["loss"] for line in log_of(folder)] for folder in (stored, decoded))
+    assert first == pytest.approx(second, rel=1e-4)
+
+
+def test_streaming_source_trains(toy: Toy, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run_ranks(run, 2, toy.diffusion(folder, run__steps=2, data__kind="stream"))
+    assert [line["step"] for line in log_of(folder)] == [1, 2]
+
+
+def copy_with_broken_clips(source: Path, target: Path, count: int) -> set[str]:
+    """Copy a shard folder and overwrite the videos of ``count`` samples; their keys."""
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    index = open_index([str(target)])
+    keys = set()
+    for row in list(range(len(index)))[:: len(index) // count][:count]:
+        record = index[row]
+        offset, size = record.members["mp4"]
+        with open(record.shard, "r+b") as file:
+            file.seek(offset)
+            file.write(b"\0" * size)
+        keys.add(record.key)
+    return keys
