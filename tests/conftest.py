@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lvdm.config import LatentDiffusionTraining, VideoAutoencoderConfig, parse_training_config
+from lvdm.data.index import open_index
 from lvdm.jobs.encode_latents import encode_folder
 from lvdm.jobs.make_shards import make_shapes
 from lvdm.models.build import build_model
@@ -119,3 +120,20 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
         config, made.shards, made.latents, device=torch.device("cpu"), dtype=torch.float32, batch=8, stored="fp32"
     )
     return made
+
+
+def copy_with_broken_clips(source: Path, target: Path, count: int) -> set[str]:
+    """Copy a shard folder and overwrite the videos of ``count`` samples; their keys."""
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    index = open_index([str(target)])
+    keys = set()
+    for row in list(range(len(index)))[:: len(index) // count][:count]:
+        record = index[row]
+        offset, size = record.members["mp4"]
+        with open(record.shard, "r+b") as file:
+            file.seek(offset)
+            file.write(b"\0" * size)
+        keys.add(record.key)
+    return keys

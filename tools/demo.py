@@ -28,7 +28,7 @@ PROMPTS = (
     "a red circle moves left on a black background",
     "a green square moves up on a white background",
     "a blue triangle moves right on a gray background",
-    "a yellow star moves down on a black background",
+    "a yellow cross moves down on a black background",
 )
 
 
@@ -38,8 +38,10 @@ class Stage:
 
     name: str
     command: tuple[str, ...]
-    product: Path
-    """What exists once the stage is complete."""
+    where: Path
+    """Folder of what it makes."""
+    complete: Path
+    """What exists in there once the stage is complete."""
     describe: Callable[[], str]
     """What was made, for the table at the end."""
     restart: bool = True
@@ -57,14 +59,15 @@ def main() -> None:
     for number, stage in enumerate(chain, start=1):
         console.rule(f"{number}/{len(chain)} {stage.name}")
         begin = time.perf_counter()
-        done = stage.product.exists()
+        done = stage.complete.exists()
         if done:
-            console.print(f"already there: {stage.product}")
+            console.print(f"already there: {stage.where}")
         else:
             run(stage, console)
         seconds = time.perf_counter() - begin
-        rows.append((stage.name, "-" if done else f"{seconds:.0f} s", stage.describe(), str(stage.product)))
-    table = Table("stage", "time", "made", "where", title="What was made")
+        rows.append((stage.name, "-" if done else f"{seconds:.0f} s", stage.describe(), str(stage.where)))
+    table = Table("stage", "time", "made", title="What was made")
+    table.add_column("where", overflow="fold")
     for row in rows:
         table.add_row(*row)
     console.print(table)
@@ -74,10 +77,10 @@ def main() -> None:
 
 def run(stage: Stage, console: Console) -> None:
     """Run a stage in the current folder; its failure ends the demo with the same exit code."""
-    if stage.restart and stage.product.parent.is_dir():
-        shutil.rmtree(stage.product.parent)
+    if stage.restart and stage.where.is_dir():
+        shutil.rmtree(stage.where)
     shown = [part.removeprefix(f"{ROOT}/") for part in stage.command]
-    console.print(f"$ {shlex.join(shown)}", style="bold", highlight=False)
+    console.print(f"$ {shlex.join(shown)}", style="bold", highlight=False, soft_wrap=True)
     command = [sys.executable, *stage.command]
     if stage.command[0] == "deepspeed":
         command = [str(Path(sys.executable).with_name("deepspeed")), *stage.command[1:]]
@@ -103,18 +106,21 @@ def stages(toy: bool) -> list[Stage]:
         Stage(
             "moving shapes",
             (make_shards, "shapes", "--out", str(shards / "shapes"), *few_clips),
+            shards / "shapes",
             shards / "shapes" / "held_out" / "index.arrow",
             lambda: size_of(shards / "shapes", "*/*.tar", "shards of captioned clips"),
         ),
         Stage(
             "real footage",
             (make_shards, "footage", "--size", "64", "--out", str(shards / "footage")),
+            shards / "footage",
             shards / "footage" / "index.arrow",
             lambda: size_of(shards / "footage", "*.tar", "shards of captioned clips"),
         ),
         Stage(
             "autoencoder",
             ("deepspeed", str(train), "--config", autoencoder, *short),
+            runs / "autoencoder",
             finished(runs / "autoencoder", autoencoder, steps),
             lambda: "run folder: log, pictures, checkpoints",
             restart=False,
@@ -122,12 +128,14 @@ def stages(toy: bool) -> list[Stage]:
         Stage(
             "export autoencoder",
             (export, str(runs / "autoencoder"), str(exports / "autoencoder")),
+            exports / "autoencoder",
             exports / "autoencoder" / "config.json",
             lambda: size_of(exports / "autoencoder", "*.safetensors", "file of averaged weights"),
         ),
         Stage(
             "latents",
             (encode, "--config", diffusion),
+            latents / "train",
             latents / "train" / "latents.json",
             lambda: size_of(latents / "train", "*.tar", "shards of latents and text states"),
             restart=False,
@@ -138,6 +146,7 @@ def stages(toy: bool) -> list[Stage]:
                 *(encode, "--config", diffusion),
                 *("--shards", str(shards / "shapes" / "held_out"), "--out", str(latents / "held_out")),
             ),
+            latents / "held_out",
             latents / "held_out" / "latents.json",
             lambda: size_of(latents / "held_out", "*.tar", "shards of combinations never trained on"),
             restart=False,
@@ -145,6 +154,7 @@ def stages(toy: bool) -> list[Stage]:
         Stage(
             "text-to-video",
             ("deepspeed", "--num_gpus", "2", str(train), "--config", diffusion, *short),
+            runs / "diffusion",
             finished(runs / "diffusion", diffusion, steps),
             lambda: "run folder: log, checkpoints",
             restart=False,
@@ -152,6 +162,7 @@ def stages(toy: bool) -> list[Stage]:
         Stage(
             "export",
             (export, str(runs / "diffusion"), str(exports / "diffusion")),
+            exports / "diffusion",
             exports / "diffusion" / "config.json",
             lambda: size_of(exports / "diffusion", "*.safetensors", "file of averaged weights, autoencoder with it"),
         ),
@@ -161,6 +172,7 @@ def stages(toy: bool) -> list[Stage]:
                 *(str(tools / "sample.py"), str(exports / "diffusion"), str(samples), *prompts),
                 *("--steps", "5" if toy else "50", "--guidance", "4", "--seed", "0"),
             ),
+            samples,
             samples / "contact_sheet.png",
             lambda: size_of(samples, "*.mp4", "clips as mp4 and gif, and a contact sheet"),
         ),

@@ -27,6 +27,7 @@ from lvdm.data.index import INDEX_NAME, write_index
 from lvdm.data.writer import ShardSample, sample_key, write_shard
 from lvdm.errors import BadSample, Requeue, UserError
 from lvdm.jobs.progress import Report, silent
+from lvdm.randomness import Purpose, generator
 from lvdm.storage import locate
 
 TRAIN, HELD_OUT = "train", "held_out"
@@ -90,8 +91,8 @@ def make_shapes(
         _refuse_used(f"{folder}/{name}")
     held_out = set(synthetic.HELD_OUT)
     pools = {
-        TRAIN: [c for c in synthetic.combinations() if c not in held_out],
-        HELD_OUT: list(synthetic.HELD_OUT),
+        TRAIN: _mixed([c for c in synthetic.combinations() if c not in held_out], seed),
+        HELD_OUT: _mixed(list(synthetic.HELD_OUT), seed),
     }
     total, done = sum(parts.values()), 0
 
@@ -120,6 +121,11 @@ def make_shapes(
         groups = [range(i, min(i + shard_size, count)) for i in range(0, count, shard_size)]
         made.append(_write_set(f"{folder}/{name}", (samples(name, group) for group in groups)))
     return made[0], made[1]
+
+
+def _mixed(pool: list[synthetic.Combination], seed: int) -> list[synthetic.Combination]:
+    """Shuffled, so that the first clips of a shard already show all shapes, colours and motions."""
+    return [pool[i] for i in generator(seed, 0, Purpose.SYNTHETIC).permutation(len(pool))]
 
 
 def make_video_shards(

@@ -6,6 +6,7 @@ Convolutions are full 3-D kernels over replicated borders and not causal: a fram
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -58,9 +59,28 @@ class VideoAutoencoder(nn.Module):
         self.quant_conv = nn.Conv3d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv3d(latent_channels, latent_channels, 1)
         self.decoder = Decoder(hidden_channels, downsample, latent_channels, norm_groups)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        """Weights that hand on the variance of what comes in, residual blocks that begin as the identity.
+
+        Ours, not LVDM's (torch's defaults): those shrink the signal at every convolution, and small clips then take
+        some three times as long to be reconstructed in more than their background.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
+                taps = math.prod(module.kernel_size)
+                if isinstance(module, nn.ConvTranspose3d):
+                    taps //= math.prod(module.stride)  # so many of them meet in one value of the output
+                nn.init.normal_(module.weight, std=(module.in_channels * taps) ** -0.5)
+                assert module.bias is not None
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, ResBlock3d):
+                nn.init.zeros_(module.conv2.weight)
         # A posterior of unit variance would drown the mean in noise for the first thousands of steps.
         assert self.quant_conv.bias is not None
-        nn.init.constant_(self.quant_conv.bias[latent_channels:], _INITIAL_LOGVAR)
+        nn.init.constant_(self.quant_conv.bias[self.latent_channels :], _INITIAL_LOGVAR)
 
     def encode(self, frames_BCTHW: Tensor) -> Tensor:
         """Posterior moments ``[B, 2 * latent_channels, T/ft, H/fh, W/fw]`` of RGB frames in -1..1.

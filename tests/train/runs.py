@@ -10,9 +10,13 @@ from typing import Any
 
 import torch
 
-from lvdm.config import parse_training_config
+from lvdm.config import LatentDiffusionTraining, parse_training_config
+from lvdm.engine import distributed, saving
 from lvdm.engine.checkpoint import open_checkpoint
+from lvdm.engine.engine import Engine
+from lvdm.train.latent_diffusion import LatentDiffusionTask
 from lvdm.train.loop import train
+from lvdm.train.run_folder import RunFolder
 
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 
@@ -39,3 +43,27 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 def losses_of(folder: Path) -> list[float]:
     """Training losses by step."""
     return [line["loss"] for line in log_of(folder) if "loss" in line]
+
+
+def averaged_output(tree: dict[str, Any]) -> torch.Tensor:
+    """Output for a fixed input of a run's newest checkpoint, restored into the engine, with the averaged weights."""
+    config = parse_training_config(tree, source="test")
+    assert isinstance(config, LatentDiffusionTraining)
+    ranks = distributed.start(60)
+    try:
+        task = LatentDiffusionTask(config, ranks.device, torch.float32)
+        engine = Engine(task.model, config.engine, config.batch, config.optim, ranks)
+        found, _ = saving.find_newest(RunFolder(config).checkpoints, ranks)
+        assert found is not None
+        saving.restore(engine, found)
+        with engine.averaged_weights(), engine.evaluating():
+            return engine(*probe(task.latent_shape, config.model.context_dim))
+    finally:
+        distributed.stop()
+
+
+def probe(latent_shape: tuple[int, ...], context_dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A fixed input of a text UNet."""
+    generator = torch.Generator().manual_seed(3)
+    z_BCTHW = torch.randn(2, *latent_shape, generator=generator)
+    return z_BCTHW, torch.tensor([10, 700]), torch.randn(2, 5, context_dim, generator=generator)

@@ -73,7 +73,7 @@ def test_all_checkpoints_damaged_is_an_error_and_no_new_start(toy: Toy, tmp_path
     folder = tmp_path / "run"
     run_ranks(run, 1, toy.diffusion(folder, run__steps=1))
     (folder / "checkpoints" / "step-00000001" / "manifest.json").write_text("{")
-    with pytest.raises(AssertionError, match="every checkpoint in .* is damaged"):
+    with pytest.raises(AssertionError, match=r"every checkpoint in .* is damaged"):
         run_ranks(run, 1, toy.diffusion(folder))
 
 

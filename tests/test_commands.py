@@ -1,0 +1,93 @@
+"""The commands of the README as a user types them, in processes of their own, good and bad."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lvdm.config import parse_training_config
+from lvdm.config.base import dump_yaml
+from tests.conftest import Toy
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = str(ROOT / "launch/train.py")
+QUICKSTART = str(ROOT / "configs/quickstart.yaml")
+BIN = str(Path(sys.executable).parent)
+
+
+def call(*command: str, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run a command with the virtual environment's programs first."""
+    env = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def write_config(tree: dict, path: Path) -> str:
+    """A config tree as a YAML file."""
+    path.write_text(dump_yaml(parse_training_config(tree, source="test")))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ((TRAIN, "--config", "missing.yaml"), "train: error: cannot read config missing.yaml: No such file"),
+        ((TRAIN, "--config", QUICKSTART, "run.stepz=1"), "run.stepz: unknown key; did you mean steps?"),
+        ((TRAIN, "--config", QUICKSTART, "engine.zero_stage=0"), "engine.zero_stage: stage 0 is refused"),
+        ((TRAIN, "--config", QUICKSTART, "batch.size=12"), "batch.size 12 is not divisible by batch.micro 8 x 1 rank"),
+        ((TRAIN, "--config", QUICKSTART, "run.resume=must"), "run.resume=must, but demo/runs/diffusion holds no run"),
+        (("tools/sample.py", "nowhere", "out", "--prompt", "x"), "sample: error: nowhere is not an exported model"),
+        (("tools/sample.py", "nowhere", "out"), "no captions: give --prompt or --prompts-file"),
+        (("tools/export_checkpoint.py", "nowhere", "out"), "no checkpoint to read in nowhere: there is none"),
+        (("tools/index_shards.py", "nowhere"), "nowhere"),
+        (("tools/encode_latents.py", "--config", QUICKSTART), "demo/shards/shapes/train"),
+        (("tools/make_shards.py", "videos", "nowhere", "--out", "out"), "nowhere"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_input_is_said_once_with_exit_code_2_and_leaves_nothing(
+    tmp_path: Path, command: tuple[str, ...], message: str
+) -> None:
+    done = call(sys.executable, str(ROOT / command[0]), *command[1:], cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count(message) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_under_the_launcher_bad_input_is_said_once_and_not_per_rank(toy: Toy, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    tree = toy.diffusion(tmp_path / "run", data__kind="video", data__video={"shards": [str(empty)], "clip": toy.clip})
+    config = write_config(tree, tmp_path / "config.yaml")
+    done = call("deepspeed", "--num_gpus", "2", TRAIN, "--config", config, cwd=tmp_path)
+    said = done.stdout + done.stderr
+    assert said.count("train: error: ") == 1, said
+    assert f"{empty}" in said
+    assert "Traceback" not in said
+    assert done.returncode == 2, said
+    assert not (tmp_path / "run").exists()
+
+
+def test_demo_chain_at_toy_length(tmp_path: Path) -> None:
+    done = call(sys.executable, str(ROOT / "tools/demo.py"), "--toy", cwd=tmp_path, timeout=400)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    demo = tmp_path / "demo"
+    for made in ("moving shapes", "real footage", "autoencoder", "latents", "text-to-video", "export", "samples"):
+        assert made in done.stdout
+    assert "tensorboard --logdir demo/runs" in done.stdout
+    losses = [json.loads(line).get("loss") for line in (demo / "runs/diffusion/log.jsonl").read_text().splitlines()]
+    assert np.isfinite([loss for loss in losses if loss is not None]).all()
+    assert json.loads((demo / "runs/diffusion/environment.json").read_text())["ranks"] == 2
+    assert len(list((demo / "samples").glob("*.mp4"))) == len(list((demo / "samples").glob("*.gif"))) == 4
+    sheet = np.asarray(Image.open(demo / "samples/contact_sheet.png"))
+    assert sheet.std() > 5
+    again = call(sys.executable, str(ROOT / "tools/demo.py"), "--toy", cwd=tmp_path)
+    assert again.returncode == 0
+    assert again.stdout.count("already there") == 9
