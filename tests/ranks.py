@@ -15,7 +15,10 @@ from typing import Any
 import torch
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "deepspeed", "lvdm.train.loop"])
+# The last two are what DeepSpeed and text encoders import late, 3 s in every rank.
+_CONTEXT.set_forkserver_preload(
+    ["lvdm.train.loop", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "transformers.models.bert"]
+)
 
 
 class Launch:

@@ -47,7 +47,7 @@ def write_config(tree: dict, path: Path) -> str:
         (("tools/export_checkpoint.py", "nowhere", "out"), "no checkpoint to read in nowhere: there is none"),
         (("tools/index_shards.py", "nowhere"), "nowhere"),
         (("tools/encode_latents.py", "--config", QUICKSTART), "demo/shards/shapes/train"),
-        (("tools/make_shards.py", "videos", "nowhere", "--out", "out"), "nowhere"),
+        (("tools/make_shards.py", "folder", "--videos", "nowhere", "--out", "out"), "nowhere"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -4,7 +4,7 @@ Shape letters: B batch, C channels, T frames, H height, W width, N = B * T frame
 of a text token.
 
 Nothing here has gradients, every result is fp32, and models of others are read from safetensors alone: a folder that
-holds only pickled weights is refused.
+holds only pickled weights is refused. Their libraries take seconds to import, so each is imported where it is used.
 """
 
 from __future__ import annotations
@@ -17,13 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from diffusers import AutoencoderKL
-from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import snapshot_download
+from einops import rearrange
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
 
 from lvdm.config import DiffusersVAE, TextEncoderConfig
 from lvdm.errors import UserError
@@ -102,7 +98,10 @@ class DiffusersFrozenVAE(FrozenVAE):
         """Load by folder or hub name. Raises `UserError` when there is none, or only pickled weights."""
         folder = find_model(config.name, config.subfolder, _within(config.subfolder, _DIFFUSERS_FILES))
         files = weight_files(folder, "diffusion_pytorch_model")
-        with _loading(folder):
+        from diffusers import AutoencoderKL
+        from diffusers.utils import logging
+
+        with _loading(folder, logging):
             model, report = AutoencoderKL.from_pretrained(
                 folder, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
             )
@@ -116,9 +115,9 @@ class DiffusersFrozenVAE(FrozenVAE):
         return self._per_frame(lambda z_NCHW: self.model.decode(z_NCHW).sample, z_BCTHW)
 
     def _per_frame(self, function: Callable[[Tensor], Tensor], x_BCTHW: Tensor) -> Tensor:
-        x_NCHW = x_BCTHW.transpose(1, 2).flatten(0, 1)
+        x_NCHW = rearrange(x_BCTHW, "b c t h w -> (b t) c h w")
         y_NCHW = _sliced(function, x_NCHW, self.slice_frames, self.model)
-        return y_NCHW.unflatten(0, (x_BCTHW.shape[0], -1)).transpose(1, 2).contiguous()
+        return rearrange(y_NCHW, "(b t) c h w -> b c t h w", b=len(x_BCTHW)).contiguous()
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         _, h, w = _divide((frames, height, width), (1, self.factor, self.factor))
@@ -170,7 +169,10 @@ def load_text_encoder(config: TextEncoderConfig, device: torch.device | str, dty
     files_wanted += _within("tokenizer" if config.subfolder else "", _TOKENIZER_FILES)
     folder = find_model(config.name, config.subfolder, files_wanted)
     files = weight_files(folder, "model")
-    with _loading(folder):
+    import transformers
+    from transformers.utils import logging
+
+    with _loading(folder, logging):
         described = transformers.AutoConfig.from_pretrained(folder)
         loader = getattr(transformers, _TEXT_TOWERS.get(described.model_type, "AutoModel"))
         model, report = loader.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
@@ -180,7 +182,7 @@ def load_text_encoder(config: TextEncoderConfig, device: torch.device | str, dty
         raise UserError(f"text.max_length {config.max_length} exceeds the {positions} tokens that {config.name} takes")
 
     tokenizer_folder = folder.parent / "tokenizer" if config.subfolder else folder
-    with _loading(tokenizer_folder):
+    with _loading(tokenizer_folder, logging):
         tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
     if tokenizer.pad_token is None:
         raise UserError(f"the tokenizer in {tokenizer_folder} has no padding token, so captions cannot be batched")
@@ -242,6 +244,8 @@ def find_model(name: str, subfolder: str, files: Sequence[str]) -> Path:
     elif name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise UserError(f"no model folder {name}")
     else:
+        from huggingface_hub import snapshot_download
+
         try:
             root = Path(snapshot_download(name, allow_patterns=list(files)))
         except (OSError, ValueError) as error:
@@ -315,23 +319,23 @@ def _check_complete(missing: Sequence[str], folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _loading(folder: Path) -> Iterator[None]:
-    """Load from ``folder`` silently; what the libraries raise about it becomes a `UserError` of one line."""
-    loggers = (transformers_logging, diffusers_logging)
-    levels = [logger.get_verbosity() for logger in loggers]
-    bars = [logger.is_progress_bar_enabled() for logger in loggers]
-    for logger in loggers:
-        logger.set_verbosity_error()
-        logger.disable_progress_bar()
+def _loading(folder: Path, logging: Any) -> Iterator[None]:
+    """Load from ``folder`` silently; what the library raises about it becomes a `UserError` of one line.
+
+    Args:
+        logging: the module with which the library sets its verbosity.
+    """
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"cannot load the model in {folder}: {_one_line(error)}") from None
     finally:
-        for logger, level, bar in zip(loggers, levels, bars, strict=True):
-            logger.set_verbosity(level)
-            if bar:
-                logger.enable_progress_bar()
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _one_line(error: Exception) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from lvdm.errors import UserError
@@ -100,7 +101,7 @@ class TextUNet(nn.Module):
         Raises:
             UserError: height or width is no multiple of the UNet's downsampling.
         """
-        b, _, t, h, w = z_BCTHW.shape
+        t, h, w = z_BCTHW.shape[2:]
         if h % self.factor or w % self.factor:
             raise UserError(f"latents of {h}x{w} do not fit a UNet that halves {self.factor.bit_length() - 1} times: "
                             f"height and width must be multiples of {self.factor}")  # fmt: skip
@@ -108,7 +109,7 @@ class TextUNet(nn.Module):
         embedding_BE = F.silu(embedding_BE)  # every residual block starts with it
         text_BLD = text_BLD.to(z_BCTHW.dtype)
 
-        x_NCHW = z_BCTHW.permute(0, 2, 3, 4, 1).reshape(b * t, h, w, -1).permute(0, 3, 1, 2)
+        x_NCHW = rearrange(z_BCTHW, "b c t h w -> (b t) h w c").permute(0, 3, 1, 2)
         skips = []
         for block in self.input_blocks:
             x_NCHW = block(x_NCHW, embedding_BE, text_BLD, text_mask_BL)
@@ -118,7 +119,7 @@ class TextUNet(nn.Module):
         for block in self.output_blocks:
             x_NCHW = block(torch.cat([x_NCHW, skips.pop()], dim=1), embedding_BE, text_BLD, text_mask_BL)
         x_NCHW = self.conv_out(self.norm_out(x_NCHW, t))
-        return x_NCHW.unflatten(0, (b, t)).transpose(1, 2)
+        return rearrange(x_NCHW, "(b t) c h w -> b c t h w", t=t)
 
     def remat_blocks(self) -> list[nn.Module]:
         """The blocks that activation checkpointing wraps: residual blocks and transformers."""

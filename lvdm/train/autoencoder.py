@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 
 from lvdm.config import AutoencoderTraining
 from lvdm.data.batch import VideoBatch
@@ -70,7 +71,7 @@ class AutoencoderTask:
         self, network: Callable[..., Any], batches: Iterable[Any], samples: int
     ) -> tuple[Sums, np.ndarray | None]:
         """Error of reconstructions from the posterior mean, and a picture: clips above their reconstructions."""
-        rows: list[np.ndarray] = []
+        shown: list[torch.Tensor] = []
         squared = absolute = torch.zeros((), device=self.device)
         count = 0
         for batch in batches:
@@ -82,9 +83,16 @@ class AutoencoderTask:
             squared = squared + (difference / 2).square().flatten(1).mean(1).clamp(min=1e-10).log10().mul(-10).sum()
             absolute = absolute + difference.abs().flatten(1).mean(1).sum()
             count += len(batch)
-            if len(rows) < _SHOWN:
-                pair_B = torch.cat([frames, reconstruction.float()], dim=3)  # stacked along H
-                shown = float_to_frames(pair_B)[: _SHOWN - len(rows)]
-                rows += [np.concatenate(list(clip_THWC[::2]), axis=1) for clip_THWC in shown.cpu().numpy()]
-        picture = np.concatenate(rows, axis=0) if rows else None
+            if len(shown) < _SHOWN:
+                shown += torch.stack([frames, reconstruction.float()], dim=1)[: _SHOWN - len(shown), :, :, ::2]
+        picture = _picture(shown) if shown else None
         return {"psnr": (squared, float(count)), "l1": (absolute, float(count))}, picture
+
+
+def _picture(pairs_2CTHW: list[torch.Tensor]) -> np.ndarray:
+    """Every clip above its reconstruction, a frame a column: uint8 RGB ``[H, W, 3]``."""
+    from torchvision.utils import make_grid
+
+    frames_NCHW = rearrange(torch.stack(pairs_2CTHW), "b pair c t h w -> (b pair t) c h w")
+    grid_CHW = make_grid(frames_NCHW, nrow=pairs_2CTHW[0].shape[2], padding=1, pad_value=1.0)
+    return float_to_frames(grid_CHW[None, :, None])[0, 0].cpu().numpy()

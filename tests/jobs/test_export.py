@@ -54,7 +54,7 @@ def test_live_and_averaged_weights_are_both_there_with_their_origin(trained: Pat
 
 
 def test_what_is_no_checkpoint_is_one_clear_error_and_leaves_nothing(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no checkpoint to read in .*: there is none"):
+    with pytest.raises(UserError, match=r"no checkpoint to read in .*: there is none"):
         export_checkpoint(tmp_path, tmp_path / "export")
     with pytest.raises(UserError, match="exists"):
         export_checkpoint(trained, trained)

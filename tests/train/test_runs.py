@@ -35,7 +35,7 @@ def test_autoencoder_run_leaves_log_picture_config_and_environment(autoencoder_r
     assert [line["step"] for line in validated] == [2, 3]
     assert all(line["samples_per_second"] > 0 and 0 <= line["data_wait_fraction"] <= 1 for line in trained)
     picture = np.asarray(Image.open(folder / "images" / "reconstructions-00000003.png"))
-    assert picture.shape == (4 * 2 * 16, 2 * 16, 3)  # 4 clips above their reconstructions, every other frame
+    assert picture.shape == (4 * 2 * 17 + 1, 2 * 17 + 1, 3)  # 4 clips above their reconstructions, every other frame
     assert list((folder / "tensorboard").glob("events*"))
     assert json.loads((folder / "environment.json").read_text())["ranks"] == 1
 
