@@ -54,7 +54,7 @@ class Toy:
                 "model_channels": 8,
                 "channel_mult": [1, 2],
                 "res_blocks": 1,
-                "attention_levels": [1],
+                "attention_levels": [],
                 "heads": 2,
                 "context_dim": 384,
                 "temporal_length": 2,

@@ -204,7 +204,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         UserError: there is none, or the one named is damaged.
     """
-    if (path / MANIFEST).is_file():
+    if (path / MANIFEST).is_file() or path.name.startswith("step-"):
         try:
             checkpoint = Checkpoint(path)
             checkpoint.verify()
