@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as launch/train.py; read when the fork server loads torch
 _CONTEXT = multiprocessing.get_context("forkserver")
 # The last two are what DeepSpeed and text encoders import late, 3 s in every rank.
 _CONTEXT.set_forkserver_preload(

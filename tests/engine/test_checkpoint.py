@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def write(root: Path, step: int = 1, cuts: tuple[int, ...] = (0, 5, 12)) -> Path
     partial, final = partial_folder(root, step)
     partial.mkdir(parents=True)
     files = {}
-    for rank, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False)):
+    for rank, (start, stop) in enumerate(itertools.pairwise(cuts)):
         pieces = {piece_key("ema", start, "block.weight"): WEIGHT.flatten()[start:stop]}
         if rank == 0:
             pieces[piece_key("ema", 0, "bias")] = BIAS
