@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 from lvdm.config import parse_training_config
 from lvdm.config.base import dump_yaml
 from tests.conftest import Toy
+from tests.train.runs import wait_for_step
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = str(ROOT / "launch/train.py")
@@ -73,6 +75,24 @@ def test_under_the_launcher_bad_input_is_said_once_and_not_per_rank(toy: Toy, tm
     assert "Traceback" not in said
     assert done.returncode == 2, said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_to_all_processes_of_a_run_saves_it(toy: Toy, tmp_path: Path) -> None:
+    """As SLURM warns of a time limit: loader workers and their helpers get the signal too."""
+    folder = tmp_path / "run"
+    tree = toy.diffusion(folder, data__workers=1, run__steps=10**6)
+    command = [sys.executable, TRAIN, "--config", write_config(tree, tmp_path / "config.yaml")]
+    run = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        wait_for_step(folder, 2)
+        os.killpg(run.pid, signal.SIGUSR1)
+        _, said = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 85, said
+    assert "train: stopped: asked to, after step" in said
+    stopped_at = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["step"]
+    assert (folder / "checkpoints" / "latest").read_text() == f"step-{stopped_at:08d}"
 
 
 def test_demo_chain_at_toy_length(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ whose bytes are bad is replaced by one that (seed, position) determines, and the
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import signal
 from abc import abstractmethod
@@ -112,7 +113,9 @@ class Loader:
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._loader:
+        with _signals_stay_here():
+            batches = iter(self._loader)
+        for batch in batches:
             if isinstance(batch, Failure):
                 raise batch.error
             yield batch
@@ -226,13 +229,23 @@ def _data_loader(data: DataConfig, dataset: Dataset[Any], **how: Any) -> DataLoa
         # forkserver: a fork of the training process would copy its threads' locks and its accelerator context
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])  # imports torch once, not once a worker
-        how |= {"multiprocessing_context": context, "prefetch_factor": data.prefetch, "worker_init_fn": _start_worker}
+        how |= {"multiprocessing_context": context, "prefetch_factor": data.prefetch}
     # a generator of its own, or each iteration would draw from the global one
     return DataLoader(dataset, num_workers=data.workers, generator=torch.Generator(), **how)
 
 
-def _start_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training process's to handle
+@contextlib.contextmanager
+def _signals_stay_here() -> Iterator[None]:
+    """Processes started inside never see the signals that the training process acts on.
+
+    SLURM sends its warnings to every process of a step, and Ctrl-C goes to all of them; a worker that dies of one takes
+    the run with it. A blocked signal stays blocked in children, and here it is delivered as soon as the block ends.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _collate(samples: list[Any]) -> Batch | Failure:

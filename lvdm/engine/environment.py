@@ -14,10 +14,9 @@ from dataclasses import dataclass
 
 from lvdm.errors import UserError
 
-
 _SPINS = "10000"
 """Turns that an idle thread of torch's CPU kernels waits busily. As fast as libgomp's own 300000 on a machine that has
-nothing else to do, and four times as fast where another process wants a core (measured: small convolutions, 2 cores)."""
+nothing else to do, four times as fast where another process wants a core (measured: small convolutions, 2 cores)."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +68,13 @@ def probe(latent_shape: tuple[int, ...], context_dim: int) -> tuple[torch.Tensor
     generator = torch.Generator().manual_seed(3)
     z_BCTHW = torch.randn(2, *latent_shape, generator=generator)
     return z_BCTHW, torch.tensor([10, 700]), torch.randn(2, 5, context_dim, generator=generator)
+
+
+def wait_for_step(folder: Path, step: int, timeout: float = 60) -> None:
+    """Wait until the log of a run has so many lines."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if (folder / "log.jsonl").is_file() and len((folder / "log.jsonl").read_text().splitlines()) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step} within {timeout} s")

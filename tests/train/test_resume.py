@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from lvdm.engine.checkpoint import open_checkpoint
 from tests.conftest import Toy
 from tests.ranks import Launch, run_ranks
-from tests.train.runs import log_of, losses_of, run, state_of
+from tests.train.runs import log_of, losses_of, run, state_of, wait_for_step
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +80,3 @@ def assert_equal_state(one: Path, other: Path) -> None:
     mine, theirs = state_of(one), state_of(other)
     assert mine.keys() == theirs.keys()
     assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
-
-
-def wait_for_step(folder: Path, step: int, timeout: float = 60) -> None:
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        if (folder / "log.jsonl").is_file() and len((folder / "log.jsonl").read_text().splitlines()) >= step:
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"no step {step} within {timeout} s")

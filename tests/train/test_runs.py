@@ -14,8 +14,7 @@ from PIL import Image
 
 from tests.conftest import Toy, copy_with_broken_clips
 from tests.ranks import Launch, run_ranks
-from tests.train.runs import log_of, run
-from tests.train.test_resume import wait_for_step
+from tests.train.runs import log_of, run, wait_for_step
 
 
 @pytest.fixture(scope="module")
