@@ -14,6 +14,7 @@ import argparse
 from lvdm.config import load_training_config
 from lvdm.engine.deepspeed_config import accumulation_steps
 from lvdm.engine.environment import read_world
+from lvdm.engine.signals import StopRequest
 from lvdm.errors import command_line
 from lvdm.train.run_folder import RunFolder
 
@@ -33,9 +34,10 @@ def main() -> None:
             return
         accumulation_steps(config.batch, read_world().size)
         RunFolder(config).enter()
+        stop = StopRequest()
         from lvdm.train.loop import train
 
-        train(config)
+        train(config, stop)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,23 @@ def test_a_signal_to_all_processes_of_a_run_saves_it(toy: Toy, tmp_path: Path) -
     assert "train: stopped: asked to, after step" in said
     stopped_at = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["step"]
     assert (folder / "checkpoints" / "latest").read_text() == f"step-{stopped_at:08d}"
+
+
+def test_a_signal_while_torch_is_imported_is_remembered(toy: Toy, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = write_config(toy.diffusion(folder, run__steps=10**6), tmp_path / "config.yaml")
+    run = subprocess.Popen([sys.executable, TRAIN, "--config", config], stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    try:
+        deadline = time.monotonic() + 60
+        while "libtorch" not in Path(f"/proc/{run.pid}/maps").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        run.send_signal(signal.SIGTERM)
+        _, said = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 85, said
+    assert (folder / "checkpoints" / "latest").read_text() == "step-00000001"
 
 
 def test_demo_chain_at_toy_length(tmp_path: Path) -> None:

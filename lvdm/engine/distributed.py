@@ -81,6 +81,11 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def on_any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether ``flag`` is true on any rank; every rank gets the same answer (collective)."""
+    return bool(sum_over_ranks(torch.tensor(float(flag), device=device)) > 0)
+
+
 def gather_json(value: Any, device: torch.device) -> list[Any]:
     """``value`` of every rank in rank order, on every rank; it must be plain JSON."""
     world = torch.distributed.get_world_size()

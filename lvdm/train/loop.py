@@ -21,7 +21,7 @@ from lvdm.data.batch import Replacement
 from lvdm.data.index import open_index
 from lvdm.data.loader import build_loader, build_validation_loader
 from lvdm.engine import distributed, saving, signals
-from lvdm.engine.distributed import Ranks, gather_json, together
+from lvdm.engine.distributed import Ranks, gather_json, on_any_rank, together
 from lvdm.engine.engine import Engine
 from lvdm.engine.optim import learning_rate
 from lvdm.errors import Requeue, UserError
@@ -50,8 +50,8 @@ class Clock:
     """Steps whose gradients were not finite; step k took positions ``[samples - batch, samples)`` of its time."""
 
 
-def train(config: AnyTraining) -> None:
-    """Run a training config to its end on this rank.
+def train(config: AnyTraining, stop: signals.StopRequest) -> None:
+    """Run a training config to its end on this rank, or until any rank's ``stop`` has received a signal.
 
     Raises:
         UserError: bad input, on all ranks alike.
@@ -62,13 +62,13 @@ def train(config: AnyTraining) -> None:
     signals.expect_progress_within(config.run.stall_timeout)
     ranks = distributed.start(config.run.stall_timeout)
     try:
-        _train(config, run, changes, ranks)
+        _train(config, run, changes, ranks, stop)
     finally:
         signals.stop_watching()
         distributed.stop()
 
 
-def _train(config: AnyTraining, run: RunFolder, changes: list[str], ranks: Ranks) -> None:
+def _train(config: AnyTraining, run: RunFolder, changes: list[str], ranks: Ranks, stop: signals.StopRequest) -> None:
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     task = together(lambda: _build_task(config, ranks.device, dtype), ranks.device)
     size = f"{parameter_count(task.model) / 1e6:.2f} M parameters"
@@ -86,7 +86,6 @@ def _train(config: AnyTraining, run: RunFolder, changes: list[str], ranks: Ranks
     loader = together(lambda: _open_loader(config, ranks, clock), ranks.device)
     held_out = together(lambda: _held_out_samples(config, ranks), ranks.device)
 
-    stop = signals.StopRequest()
     if ranks.is_main:
         run.claim(ranks.world)
         _announce(config, run, size, ranks, clock, faults, changes)
@@ -124,7 +123,7 @@ def _train(config: AnyTraining, run: RunFolder, changes: list[str], ranks: Ranks
             if ranks.is_main:
                 _print_line(clock.step, config.run.steps, values)
             _check_bad_fraction(config, run, clock)
-            stopping = stop.agreed(ranks.device)
+            stopping = on_any_rank(stop.received, ranks.device)
         if held_out and (last or clock.step % config.validation.every == 0):
             with speed.paused():
                 _validate(config, task, engine, held_out, writer, clock.step)

@@ -15,6 +15,7 @@ from lvdm.config import LatentDiffusionTraining, parse_training_config
 from lvdm.engine import distributed, saving
 from lvdm.engine.checkpoint import open_checkpoint
 from lvdm.engine.engine import Engine
+from lvdm.engine.signals import StopRequest
 from lvdm.train.latent_diffusion import LatentDiffusionTask
 from lvdm.train.loop import train
 from lvdm.train.run_folder import RunFolder
@@ -26,7 +27,7 @@ def run(tree: dict[str, Any]) -> str:
     """Train a config tree on this rank, as ``launch/train.py`` does; what it printed."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        train(parse_training_config(tree, source="test"))
+        train(parse_training_config(tree, source="test"), StopRequest())
     return said.getvalue()
 
 
