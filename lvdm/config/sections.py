@@ -448,6 +448,8 @@ class LatentDiffusionTraining(TrainingConfig):
     """The frozen text encoder, for a network that reads text."""
     given: GivenFramesConfig | None = None
     """Which frames are given, for a network with a mask channel."""
+    latent_stride: PositiveInt = 1
+    """The network sees every so many frames of a latent clip. LVDM's prediction model works on every fourth."""
 
     @model_validator(mode="after")
     def _fits(self) -> LatentDiffusionTraining:

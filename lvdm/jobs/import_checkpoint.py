@@ -140,7 +140,7 @@ def _config(component: Component, values: Sequence[str], shapes: Shapes) -> dict
             faults = "; ".join(f"{fault['loc'][-1]}: {fault['msg']}" for fault in error.errors() if fault["loc"])
             raise Mismatch(f"they make up no model of ours: {faults or error.errors()[0]['msg']}") from None
         with torch.device("meta"):
-            state = build_model(section, seed=0).state_dict()
+            state: Mapping[str, Tensor] = build_model(section, seed=0).state_dict()
         config = section.model_dump(mode="json")
     else:
         state = _foreign_state(component)
@@ -163,7 +163,8 @@ def _foreign_state(component: Component) -> Mapping[str, Tensor]:
                 from diffusers import AutoencoderKL
 
                 config = {name: value for name, value in component.config.items() if not name.startswith("_")}
-                return AutoencoderKL(**config).state_dict()
+                vae: Any = AutoencoderKL(**config)
+                return dict(vae.state_dict())
             from transformers import CLIPTextConfig, CLIPTextModel
 
             state = CLIPTextModel(CLIPTextConfig(**component.config)).state_dict()

@@ -98,8 +98,9 @@ class LazyTensor:
 class Layout(Protocol):
     """A foreign layout of weights, both directions."""
 
-    description: str
-    """What such files are, in a few words."""
+    @property
+    def description(self) -> str:
+        """What such files are, in a few words."""
 
     def recognise(self, shapes: Shapes) -> float:
         """How well names and shapes fit, 0 to 1."""

@@ -8,7 +8,7 @@ LVDM's moving average keeps each tensor under a name without dots, which cannot 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -106,7 +106,7 @@ _TABLES = (
 )  # fmt: skip
 
 
-def _rows(ours: str, theirs: str, table: list[Row]) -> Iterator[Entry]:
+def _rows(ours: str, theirs: str, table: Sequence[Row]) -> Iterator[Entry]:
     for here, there, leaves, ones in table:
         for leaf in leaves:
             end = f".{leaf}" if leaf else ""
@@ -114,7 +114,7 @@ def _rows(ours: str, theirs: str, table: list[Row]) -> Iterator[Entry]:
 
 
 def unet_entries(config: Mapping[str, Any], prefix: str = UNET) -> list[Entry]:
-    """Names of a ``text_unet`` or ``space_time_unet``, ours and LVDM's; the walk is that of the models' constructors."""
+    """Names of a ``text_unet`` or ``space_time_unet``, ours and LVDM's, in the order of the constructors."""
     entries = list(_rows("", prefix, _ENDS))
     if config.get("noise_levels"):
         entries.append(Entry("level_embed.weight", f"{prefix}label_emb.weight"))
@@ -145,7 +145,7 @@ def unet_entries(config: Mapping[str, Any], prefix: str = UNET) -> list[Entry]:
             channels = multiple
             index += 1
         if level < len(multiples) - 1:
-            down = [("conv", "0.op", _BOTH, _CONV)]
+            down: list[Row] = [("conv", "0.op", _BOTH, _CONV)]
             entries.extend(_rows(f"input_blocks.{index}.", f"{prefix}input_blocks.{index}.", down))
             index += 1
     res("middle_blocks.0", "middle_block.0", changes=False)
@@ -159,7 +159,7 @@ def unet_entries(config: Mapping[str, Any], prefix: str = UNET) -> list[Entry]:
             if attended:
                 attention(f"output_blocks.{index}", f"output_blocks.{index}.1")
             if level > 0 and i == config["res_blocks"]:
-                up = [("conv", f"{1 + attended}.conv", _BOTH, _CONV)]
+                up: list[Row] = [("conv", f"{1 + attended}.conv", _BOTH, _CONV)]
                 entries.extend(_rows(f"output_blocks.{index}.", f"{prefix}output_blocks.{index}.", up))
             index += 1
     return entries

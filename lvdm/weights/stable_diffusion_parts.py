@@ -20,7 +20,7 @@ _LAYER = [
 
 
 def vae_entries(config: Mapping[str, Any], prefix: str) -> list[Entry]:
-    """Names of a 2-D KL autoencoder with attention in the middle, diffusers' first; the decoder counts upwards there."""
+    """Names of a 2-D KL autoencoder, diffusers' first; CompVis's decoder counts its levels the other way round."""
     return list(_vae(list(config["block_out_channels"]), int(config["layers_per_block"]), prefix))
 
 

@@ -245,5 +245,5 @@ def test_missing_scale_and_unfit_exports_are_refused(
 def test_values_that_no_shape_tells_come_from_the_command(files: dict[str, Path], tmp_path: Path) -> None:
     import_checkpoint(files["lvdm-ae"], tmp_path / "out", model_values=["downsample=[1, 4, 4]"])
     assert read_model(tmp_path / "out")[0]["model"]["downsample"] == [1, 4, 4]
-    with pytest.raises(UserError, match="no model of ours: .*powers of two"):
+    with pytest.raises(UserError, match=r"no model of ours: .*powers of two"):
         import_checkpoint(files["lvdm-ae"], tmp_path / "no", model_values=["downsample=[3, 4, 4]"])

@@ -82,7 +82,7 @@ def test_what_is_missing_or_too_much_is_named(layout: str) -> None:
 
 def test_another_layout_is_named_as_the_nearest() -> None:
     shapes = shapes_of(tiny_file("lvdm-short"))
-    with pytest.raises(Mismatch, match="no lvdm-ae checkpoint: .* nearest known layout is lvdm-short"):
+    with pytest.raises(Mismatch, match=r"no lvdm-ae checkpoint: .* nearest known layout is lvdm-short"):
         identify(shapes, "lvdm-ae", "ema")
     with pytest.raises(Mismatch, match="its network has no mask channel; the nearest known layout is lvdm-short"):
         identify(shapes, "lvdm-pred", "ema")
