@@ -152,6 +152,6 @@ def check_latent_set(config: LatentDiffusionTraining, info: LatentSetInfo) -> No
         pairs.append(("weights of vae.folder (SHA-256)", sha256_of(own_vae_weights(config.vae)), info.vae.sha256))
     else:
         pairs.append(("vae.name", config.vae.name, info.vae.name))
-    for field, wanted, found in pairs:
+    for name, wanted, found in pairs:
         if wanted != found:
-            raise UserError(f"the latents of data.latents were made with another {field}: {found}, not {wanted}")
+            raise UserError(f"the latents of data.latents were made with another {name}: {found}, not {wanted}")
