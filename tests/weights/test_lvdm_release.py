@@ -10,7 +10,7 @@ from torch import Tensor
 from lvdm.config import SpaceTimeUNetConfig, TextUNetConfig, VideoAutoencoderConfig
 from lvdm.weights.conversion import Mismatch
 from lvdm.weights.layouts import LAYOUTS, identify
-from lvdm.weights.lvdm_release import ema_name
+from lvdm.weights.lvdm_names import ema_name
 from tests.weights.lvdm_files import names_and_shapes, reference_keys, tiny_file
 
 SD_VAE = {
