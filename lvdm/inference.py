@@ -41,6 +41,8 @@ from lvdm.weights.native import load_into, read_model
 
 VAE_FOLDER = "vae"
 """Where an export carries its own autoencoder."""
+TEXT_FOLDER = "text_encoder"
+"""Where an import carries the text encoder that came with it."""
 
 
 def frames_to_float(frames_BCTHW: torch.Tensor) -> torch.Tensor:
@@ -183,7 +185,7 @@ class TextToVideo:
 
     def _condition(self, captions: Sequence[str]) -> dict[str, torch.Tensor | None]:
         states, mask = self.text.encode(list(captions))
-        return {"text_BLD": states, "text_mask_BL": mask if self.config.text.mask_padding else None}
+        return {"text_BLD": states, "text_mask_BL": mask if self.text.mask_padding else None}
 
 
 def load(folder: str | Path, device: str | torch.device = "", dtype: torch.dtype = torch.float32) -> TextToVideo:
@@ -205,10 +207,15 @@ def load(folder: str | Path, device: str | torch.device = "", dtype: torch.dtype
     facts = tree["facts"]
     network = build_model(parse_config(TextUNetConfig, tree["model"], source=str(folder)), seed=0)
     load_into(network, folder)
-    vae_config = config.vae
-    if isinstance(vae_config, OwnVAE) and (folder / VAE_FOLDER).is_dir():
-        vae_config = vae_config.model_copy(update={"folder": str(folder / VAE_FOLDER)})
+    vae_config, text_config = config.vae, config.text
+    assert text_config is not None
+    if (folder / VAE_FOLDER).is_dir():
+        own = isinstance(vae_config, OwnVAE)
+        place = {"folder": str(folder / VAE_FOLDER)} if own else {"name": str(folder), "subfolder": VAE_FOLDER}
+        vae_config = vae_config.model_copy(update=place)
+    if (folder / TEXT_FOLDER).is_dir():
+        text_config = text_config.model_copy(update={"name": str(folder), "subfolder": TEXT_FOLDER})
     vae = load_vae(vae_config, where, dtype, scaling=(facts["scale"], facts["shift"]))
-    text = load_text_encoder(config.text, where, dtype)
+    text = load_text_encoder(text_config, where, dtype)
     network.to(where, dtype).eval()
     return TextToVideo(config, network, vae, text, tuple(facts["latent_shape"]), where, dtype)

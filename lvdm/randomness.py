@@ -27,6 +27,7 @@ class Purpose(IntEnum):
     SAMPLING = 5  # initial noise of generated samples
     SAMPLER_STEP = 6  # noise that ancestral samplers add at each step
     SYNTHETIC = 7  # generated data
+    GIVEN_FRAMES = 8  # which frames the network is given, and how noisy
 
 
 def generator(seed: int, position: int, purpose: Purpose) -> np.random.Generator:

@@ -166,17 +166,64 @@ class TextUNetConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> TextUNetConfig:
-        for multiple in self.channel_mult:
-            channels = self.model_channels * multiple
-            if channels % self.heads or channels % self.norm_groups:
-                raise ValueError(
-                    f"{channels} channels must be divisible by heads {self.heads} and norm_groups {self.norm_groups}"
-                )
-        if any(level >= len(self.channel_mult) for level in self.attention_levels):
-            raise ValueError(
-                f"attention_levels {self.attention_levels} exceed the {len(self.channel_mult)} levels of channel_mult"
-            )
+        _check_levels(self)
         return self
+
+
+class SpaceTimeUNetConfig(Section):
+    """LVDM's UNet without text: attention over space, then time, and adaptive norms (``lvdm/models/unet_st.py``)."""
+
+    kind: Literal["space_time_unet"] = "space_time_unet"
+    """Tells the class."""
+    latent_channels: PositiveInt = 4
+    """Channels of the latents it denoises."""
+    model_channels: PositiveInt = 256
+    """Channels at full latent resolution."""
+    channel_mult: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 3, 4)
+    """Multiples of ``model_channels`` per level; each level but the last halves height and width."""
+    res_blocks: PositiveInt = 3
+    """Residual blocks per level."""
+    attention_levels: tuple[NonNegativeInt, ...] = (1, 2, 3)
+    """Levels (0 is full resolution) with space-time attention behind each residual block; the middle has one."""
+    heads: PositiveInt = 4
+    """Attention heads; the head dimension is channels / heads."""
+    temporal_length: PositiveInt = 4
+    """Largest relative distance in frames that has its own position embedding; clips may be longer."""
+    relative_keys: Literal["shaw", "transposed"] = "shaw"
+    """Relative positions of the keys: as defined (``shaw``, arXiv 1803.02155), or ``transposed``, the released LVDM
+    models' slip, which swaps query and key in that term and scales it by d^(-1/4): their weights need it."""
+    norm_groups: PositiveInt = 32
+    """Groups of the group norms; must divide ``model_channels``."""
+    norm_over: Literal["clip", "frame"] = "clip"
+    """Whether group norm statistics of residual blocks run over all frames of a clip (LVDM) or over each frame."""
+    mask_channel: bool = False
+    """Whether the input has one more channel that marks given frames, for prediction and interpolation."""
+    noise_levels: NonNegativeInt = 0
+    """Labels of the noise level of given frames, embedded like the time; the last one means none. 0: no labels."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> SpaceTimeUNetConfig:
+        _check_levels(self)
+        if self.noise_levels and not self.mask_channel:
+            raise ValueError("noise_levels belong to given frames, so they need mask_channel: true")
+        return self
+
+
+DenoiserConfig = Annotated[TextUNetConfig | SpaceTimeUNetConfig, Field(discriminator="kind")]
+
+
+def _check_levels(model: TextUNetConfig | SpaceTimeUNetConfig) -> None:
+    """Raises `ValueError` where channels, heads, groups and levels do not go together."""
+    for multiple in model.channel_mult:
+        channels = model.model_channels * multiple
+        if channels % model.heads or channels % model.norm_groups:
+            raise ValueError(
+                f"{channels} channels must be divisible by heads {model.heads} and norm_groups {model.norm_groups}"
+            )
+    if any(level >= len(model.channel_mult) for level in model.attention_levels):
+        raise ValueError(
+            f"attention_levels {model.attention_levels} exceed the {len(model.channel_mult)} levels of channel_mult"
+        )
 
 
 class OwnVAE(Section):
@@ -247,6 +294,32 @@ class DiffusionConfig(Section):
             raise ValueError("zero_terminal_snr needs parameterization v or x0: pure noise says nothing about eps")
         if self.parameterization == "flow" and (self.zero_terminal_snr or self.min_snr_gamma):
             raise ValueError("zero_terminal_snr and min_snr_gamma have no meaning with parameterization=flow")
+        return self
+
+
+class GivenFramesConfig(Section):
+    """Frames that the network is given of a clip, to go on from or to fill in between (``lvdm/diffusion/masks.py``)."""
+
+    predict: Fraction = 0.5
+    """Probability that the first frames are given."""
+    interpolate: Fraction = 0.0
+    """Probability that both ends are given; in all other cases no frame is."""
+    first: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1,)
+    """Numbers of first frames to choose from for prediction."""
+    every: NonNegativeInt = 0
+    """Give every so many frames for interpolation, and not the ends alone; 0 for the ends."""
+    noise_levels: NonNegativeInt = 250
+    """Given frames are diffused to a step drawn from 0 to this many, exclusive; 0 leaves them clean. LVDM: 250."""
+    label_without: Literal["none", "drawn"] = "none"
+    """Label of a clip of which no frame is given: the one that means none, as in sampling, or, as LVDM trained, that of
+    the level which was drawn and not used."""
+    in_loss: bool = False
+    """Whether the loss counts given frames too. LVDM: true."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> GivenFramesConfig:
+        if self.predict + self.interpolate > 1:
+            raise ValueError(f"predict {self.predict} and interpolate {self.interpolate} are more than 1 together")
         return self
 
 
@@ -365,11 +438,34 @@ class LatentDiffusionTraining(TrainingConfig):
 
     task: Literal["latent_diffusion"]
     """Tells the class."""
-    model: TextUNetConfig
+    model: DenoiserConfig
     """The denoising network."""
     diffusion: DiffusionConfig = DiffusionConfig()
     """Process and loss."""
     vae: VAEConfig
     """The frozen autoencoder."""
-    text: TextEncoderConfig
-    """The frozen text encoder."""
+    text: TextEncoderConfig | None = None
+    """The frozen text encoder, for a network that reads text."""
+    given: GivenFramesConfig | None = None
+    """Which frames are given, for a network with a mask channel."""
+    latent_stride: PositiveInt = 1
+    """The network sees every so many frames of a latent clip. LVDM's prediction model works on every fourth."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> LatentDiffusionTraining:
+        reads_text = not isinstance(self.model, SpaceTimeUNetConfig)
+        if reads_text != (self.text is not None):
+            raise ValueError(
+                f"text: a {self.model.kind} {'needs' if reads_text else 'reads no text, so leave out'} this section"
+            )
+        masked = isinstance(self.model, SpaceTimeUNetConfig) and self.model.mask_channel
+        if masked != (self.given is not None):
+            raise ValueError(f"given: {'needed by' if masked else 'useless without'} model.mask_channel")
+        if self.given is not None and isinstance(self.model, SpaceTimeUNetConfig):
+            levels = self.given.noise_levels
+            labels = levels + 1 if levels else 0
+            if self.model.noise_levels != labels:
+                raise ValueError(f"model.noise_levels must be {labels} to go with given.noise_levels {levels}")
+            if levels > self.diffusion.timesteps:
+                raise ValueError(f"given.noise_levels {levels} exceed diffusion.timesteps {self.diffusion.timesteps}")
+        return self

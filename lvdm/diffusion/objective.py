@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lvdm.config import DiffusionConfig
 from lvdm.diffusion.denoiser import Denoiser
+from lvdm.diffusion.masks import GivenFrames
 from lvdm.randomness import Purpose, normal, uniform
 
 
@@ -28,19 +29,45 @@ def draw_noise(seed: int, positions: Sequence[int], shape: Sequence[int]) -> Ten
 
 
 def diffusion_loss(
-    denoiser: Denoiser, z0_BCTHW: Tensor, noise_BCTHW: Tensor, t_B: Tensor, **conditioning: Tensor | None
+    denoiser: Denoiser,
+    z0_BCTHW: Tensor,
+    noise_BCTHW: Tensor,
+    t_B: Tensor,
+    given: GivenFrames | None = None,
+    **conditioning: Tensor | None,
 ) -> Tensor:
     """Weighted distance between the network's output and its target, mean over C, T, H, W: fp32 ``[B]``.
 
-    ``eps`` with no weighting is DDPM's simple loss (arXiv 2006.11239, eq. 14), LVDM's objective.
+    ``eps`` with no weighting is DDPM's simple loss (arXiv 2006.11239, eq. 14), LVDM's objective. Frames that are
+    ``given`` take their own noise level in place of ``t_B``, in the input and in the target.
     """
     z_BCTHW = denoiser.add_noise(z0_BCTHW, noise_BCTHW, t_B)
-    error_BCTHW = denoiser.predict(z_BCTHW, t_B, **conditioning) - denoiser.target(z0_BCTHW, noise_BCTHW, t_B)
+    target_BCTHW = denoiser.target(z0_BCTHW, noise_BCTHW, t_B)
+    if given is not None:
+        z_given, target_given = _at_level(denoiser, z0_BCTHW, noise_BCTHW, given)
+        z_BCTHW = torch.where(given.mask_B1T11 > 0, z_given, z_BCTHW)
+        target_BCTHW = torch.where(given.mask_B1T11 > 0, target_given, target_BCTHW)
+        conditioning |= {"mask_B1THW": given.mask_B1T11, "level_B": given.label_B}
+    error_BCTHW = denoiser.predict(z_BCTHW, t_B, **conditioning) - target_BCTHW
     distance_BCTHW = error_BCTHW.abs() if denoiser.config.loss == "l1" else error_BCTHW.square()
-    loss_B = distance_BCTHW.flatten(1).mean(1)
+    if given is None or given.in_loss:
+        loss_B = distance_BCTHW.flatten(1).mean(1)
+    else:
+        wanted_BCTHW = (1 - given.mask_B1T11).expand_as(distance_BCTHW)
+        loss_B = (distance_BCTHW * wanted_BCTHW).flatten(1).sum(1) / wanted_BCTHW.flatten(1).sum(1)
     if denoiser.config.min_snr_gamma:
         loss_B = loss_B * _min_snr_weight(denoiser, z_BCTHW, t_B)
     return loss_B
+
+
+def _at_level(denoiser: Denoiser, z0_BCTHW: Tensor, noise_BCTHW: Tensor, given: GivenFrames) -> tuple[Tensor, Tensor]:
+    """Noisy latent and target at the level of the given frames; a level of -1 is clean."""
+    steps_B = given.level_B.clamp(min=0)
+    flow = denoiser.config.parameterization == "flow"
+    level_B = steps_B / denoiser.config.timesteps if flow else steps_B
+    noisy = denoiser.add_noise(z0_BCTHW, noise_BCTHW, level_B)
+    clean_B1111 = (given.level_B < 0).view(-1, 1, 1, 1, 1)
+    return torch.where(clean_B1111, z0_BCTHW.float(), noisy), denoiser.target(z0_BCTHW, noise_BCTHW, level_B)
 
 
 def quarter_means(loss_B: Tensor, t_B: Tensor, timesteps: int) -> tuple[Tensor, Tensor]:

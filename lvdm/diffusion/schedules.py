@@ -61,6 +61,25 @@ class NoiseSchedule:
         """Factor of z_t in the mean of q(z_{t-1} | z_t, z_0), DDPM eq. 7."""
         return (1 - self.alphas_cumprod_prev) * (1 - self.betas).sqrt() / (1 - self.alphas_cumprod)
 
+    def tables(self) -> dict[str, Tensor]:
+        """The float32 buffers that LVDM's checkpoints hold of it, by their names there."""
+        abar = self.alphas_cumprod
+        named = {
+            "betas": self.betas,
+            "alphas_cumprod": abar,
+            "alphas_cumprod_prev": self.alphas_cumprod_prev,
+            "sqrt_alphas_cumprod": abar.sqrt(),
+            "sqrt_one_minus_alphas_cumprod": (1 - abar).sqrt(),
+            "log_one_minus_alphas_cumprod": (1 - abar).log(),
+            "sqrt_recip_alphas_cumprod": (1 / abar).sqrt(),
+            "sqrt_recipm1_alphas_cumprod": (1 / abar - 1).sqrt(),
+            "posterior_variance": self.posterior_variance,
+            "posterior_log_variance_clipped": self.posterior_log_variance_clipped,
+            "posterior_mean_coef1": self.posterior_mean_coef1,
+            "posterior_mean_coef2": self.posterior_mean_coef2,
+        }
+        return {name: table.float() for name, table in named.items()}
+
 
 def build_schedule(config: DiffusionConfig) -> NoiseSchedule:
     """The variance schedule a config describes (``parameterization: flow`` uses none)."""

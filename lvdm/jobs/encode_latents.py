@@ -32,7 +32,7 @@ from lvdm.data.loader import read_videos
 from lvdm.data.writer import ShardSample, write_shard
 from lvdm.errors import UserError
 from lvdm.inference import frames_to_float, load_vae, read_scaling
-from lvdm.models.frozen import FrozenTextEncoder, FrozenVAE, load_text_encoder
+from lvdm.models.frozen import FrozenTextEncoder, FrozenVAE, NoText, load_text_encoder
 from lvdm.models.video_autoencoder import split_moments
 
 SETTINGS_NAME = "encoding.json"
@@ -79,16 +79,16 @@ def encode_folder(
     assert config.data.video is not None
     index = open_index([source])
     vae = load_vae(config.vae, device, dtype, scaling=(1.0, 0.0))
-    text = load_text_encoder(config.text, device, dtype)
+    text = load_text_encoder(config.text, device, dtype) if config.text else NoText()
     clip = config.data.video.clip
     info = LatentSetInfo(
         vae=LatentVAE(kind=config.vae.kind, name=_vae_name(config), sha256=vae.fingerprint),
         text=LatentText(
-            name=config.text.name,
+            name=config.text.name if config.text else "none",
             sha256=text.fingerprint,
-            max_length=config.text.max_length,
+            max_length=text.max_length,
             dim=text.dim,
-            mask_padding=config.text.mask_padding,
+            mask_padding=text.mask_padding,
         ),
         scale=1.0,
         shift=0.0,
@@ -172,7 +172,7 @@ def _encode(
     index: Index,
     batches: Iterator[VideoBatch],
     vae: FrozenVAE,
-    text: FrozenTextEncoder,
+    text: FrozenTextEncoder | NoText,
     info: LatentSetInfo,
     device: torch.device,
     done: Encoded,
@@ -199,7 +199,7 @@ def _encode(
             progress(count, total)
 
 
-def _true_length(text: FrozenTextEncoder, captions: list[str]) -> list[torch.Tensor]:
+def _true_length(text: FrozenTextEncoder | NoText, captions: list[str]) -> list[torch.Tensor]:
     """Text states ``[L, D]`` of each caption, without its padding where that is masked."""
     states_BLD, mask_BL = text.encode(captions)
     kept_B = mask_BL.sum(1).tolist() if text.mask_padding else [states_BLD.shape[1]] * len(captions)

@@ -8,9 +8,13 @@ Tokens keep their channels last in memory, so that splitting heads is a view and
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+RelativeKeys = Literal["shaw", "transposed"]
 
 
 def attend(q_NQhd: Tensor, k_NKhd: Tensor, v_NKhd: Tensor, mask_NK: Tensor | None = None) -> Tensor:
@@ -31,13 +35,22 @@ def relative_table(table_Rd: Tensor, frames: int) -> Tensor:
 
 
 def attend_relative(
-    q_BTShd: Tensor, k_BTShd: Tensor, v_BTShd: Tensor, table_k_Rd: Tensor, table_v_Rd: Tensor
+    q_BTShd: Tensor,
+    k_BTShd: Tensor,
+    v_BTShd: Tensor,
+    table_k_Rd: Tensor,
+    table_v_Rd: Tensor,
+    relative_keys: RelativeKeys = "shaw",
 ) -> Tensor:
     """Attention over T with relative positions (Shaw et al., arXiv 1803.02155), ``[B, T, S, h, d]``.
 
     ``logit_ij = q_i . (k_j + table_k[j-i]) / sqrt(d)`` and ``out_i = sum_j softmax(logit)_ij (v_j + table_v[j-i])``.
     The terms of the tables are one matrix product per frame i over all pixels and heads at once, so nothing of size
     ``S * T * T * d`` ever exists; the softmax is fp32.
+
+    Args:
+        relative_keys: ``transposed`` swaps i and j in the term of the key table and divides it by ``d^(1/4)``, not by
+            ``sqrt(d)``: ``q_j . table_k[i-j] / d^(1/4)``. LVDM's unconditional weights were trained with that.
     """
     b, t, s, h, d = q_BTShd.shape
     q_BTShd = q_BTShd * d**-0.5
@@ -45,7 +58,10 @@ def attend_relative(
 
     logits_BShTT = torch.einsum("bishd,bjshd->bshij", q_BTShd, k_BTShd)
     relative_BTSh_T = torch.matmul(q_BTShd.reshape(b, t, s * h, d), table_k_TTd.transpose(1, 2))
-    logits_BShTT = logits_BShTT + relative_BTSh_T.view(b, t, s, h, t).permute(0, 2, 3, 1, 4)
+    relative_BShTT = relative_BTSh_T.view(b, t, s, h, t).permute(0, 2, 3, 1, 4)
+    if relative_keys == "transposed":
+        relative_BShTT = relative_BShTT.transpose(-1, -2) * d**0.25
+    logits_BShTT = logits_BShTT + relative_BShTT
     weights_BShTT = logits_BShTT.softmax(dim=-1, dtype=torch.float32).to(q_BTShd.dtype)
 
     out_BTShd = torch.einsum("bshij,bjshd->bishd", weights_BShTT, v_BTShd)

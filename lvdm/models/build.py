@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from lvdm.config import TextUNetConfig, VideoAutoencoderConfig
+from lvdm.config import SpaceTimeUNetConfig, TextUNetConfig, VideoAutoencoderConfig
+from lvdm.models.unet_st import SpaceTimeUNet
 from lvdm.models.unet_text import TextUNet
 from lvdm.models.video_autoencoder import VideoAutoencoder
 
-ModelConfig = VideoAutoencoderConfig | TextUNetConfig
-Model = VideoAutoencoder | TextUNet
+ModelConfig = VideoAutoencoderConfig | TextUNetConfig | SpaceTimeUNetConfig
+Model = VideoAutoencoder | TextUNet | SpaceTimeUNet
 
 
 def build_model(config: ModelConfig, seed: int) -> Model:
@@ -28,6 +29,8 @@ def build_model(config: ModelConfig, seed: int) -> Model:
                 return VideoAutoencoder(**fields)
             case TextUNetConfig():
                 return TextUNet(**fields)
+            case SpaceTimeUNetConfig():
+                return SpaceTimeUNet(**fields)
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -159,6 +159,19 @@ class FrozenTextEncoder:
         return states_BLD.float(), mask_BL.bool()
 
 
+class NoText:
+    """In place of a text encoder where no model reads text: one zero of one channel for every caption."""
+
+    dim = 1
+    max_length = 1
+    mask_padding = True
+    fingerprint = "none"
+
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """States ``[B, 1, 1]`` and a mask ``[B, 1]``."""
+        return torch.zeros(len(captions), 1, 1), torch.ones(len(captions), 1, dtype=torch.bool)
+
+
 def load_text_encoder(config: TextEncoderConfig, device: torch.device | str, dtype: torch.dtype) -> FrozenTextEncoder:
     """Load a text encoder and its tokenizer by folder, hub name or ``package:NAME/PATH``.
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 NormOver = Literal["clip", "frame"]
@@ -50,6 +51,14 @@ class FrameGroupNorm(GroupNorm):
         x_BCHW = x_NHWC.reshape(n // frames, frames * h, w, c).permute(0, 3, 1, 2)
         out_BHWC = super().forward(x_BCHW).permute(0, 2, 3, 1)
         return out_BHWC.reshape(n, h, w, c).permute(0, 3, 1, 2)
+
+
+class PixelGroupNorm(GroupNorm):
+    """`GroupNorm` of tokens ``x_BTSC`` whose statistics run over the frames of each pixel."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        out_NCT = super().forward(rearrange(input, "b t s c -> (b s) c t"))
+        return rearrange(out_NCT, "(b s) c t -> b t s c", b=len(input))
 
 
 class LayerNorm(nn.LayerNorm):

@@ -11,6 +11,7 @@ convolutions are 2-D, and pixels as tokens ``x_NSC`` or ``x_BTSC`` are views of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -127,47 +128,65 @@ class TextUNet(nn.Module):
 
 
 class Stage(nn.Module):
-    """One rung of the UNet: whichever it has of residual block, transformer and convolution, in this order."""
+    """One rung of the UNet: whichever it has of residual block, transformer and convolution, in this order.
+
+    What a call is given behind the embedding goes to the transformer.
+    """
 
     def __init__(
-        self,
-        res: ResBlock | None = None,
-        transformer: SpaceTimeTransformer | None = None,
-        conv: nn.Conv2d | None = None,
+        self, res: ResBlock | None = None, transformer: nn.Module | None = None, conv: nn.Conv2d | None = None
     ) -> None:
         super().__init__()
         self.res = res
         self.transformer = transformer
         self.conv = conv
 
-    def forward(self, x_NCHW: Tensor, embedding_BE: Tensor, text_BLD: Tensor, text_mask_BL: Tensor | None) -> Tensor:
+    def forward(self, x_NCHW: Tensor, embedding_BE: Tensor, *context: Any) -> Tensor:
         if self.res is not None:
             x_NCHW = self.res(x_NCHW, embedding_BE)
         if self.transformer is not None:
-            x_NCHW = self.transformer(x_NCHW, text_BLD, text_mask_BL)
+            x_NCHW = self.transformer(x_NCHW, *context)
         if self.conv is not None:
             x_NCHW = self.conv(x_NCHW)
         return x_NCHW
 
 
 class ResBlock(nn.Module):
-    """Two convolutions with the time embedding added between them; starts as the identity (or a projection)."""
+    """Two convolutions with the time embedding between them; starts as the identity (or a projection).
 
-    def __init__(self, channels_in: int, channels_out: int, embedding: int, groups: int, norm_over: NormOver) -> None:
+    The embedding is added, or with ``scale_shift`` it scales and shifts what the second norm gives (adaptive group
+    norm, arXiv 2105.05233, section 3.1).
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        embedding: int,
+        groups: int,
+        norm_over: NormOver,
+        scale_shift: bool = False,
+    ) -> None:
         super().__init__()
+        self.scale_shift = scale_shift
         self.norm1 = FrameGroupNorm(groups, channels_in, 1e-5, norm_over, silu=True)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.embed = nn.Linear(embedding, channels_out)
-        self.norm2 = FrameGroupNorm(groups, channels_out, 1e-5, norm_over, silu=True)
+        self.embed = nn.Linear(embedding, 2 * channels_out if scale_shift else channels_out)
+        self.norm2 = FrameGroupNorm(groups, channels_out, 1e-5, norm_over, silu=not scale_shift)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
         zero_init(self.conv2)
 
     def forward(self, x_NCHW: Tensor, embedding_BE: Tensor) -> Tensor:
         frames = x_NCHW.shape[0] // embedding_BE.shape[0]
-        embedding_NC = self.embed(embedding_BE).repeat_interleave(frames, dim=0)
-        h_NCHW = self.conv1(self.norm1(x_NCHW, frames)) + embedding_NC[:, :, None, None]
-        h_NCHW = self.conv2(self.norm2(h_NCHW, frames))
+        embedding_NC11 = self.embed(embedding_BE).repeat_interleave(frames, dim=0)[:, :, None, None]
+        h_NCHW = self.conv1(self.norm1(x_NCHW, frames))
+        if self.scale_shift:
+            scale_NC11, shift_NC11 = embedding_NC11.chunk(2, dim=1)
+            h_NCHW = F.silu(self.norm2(h_NCHW, frames) * (1 + scale_NC11) + shift_NC11)
+        else:
+            h_NCHW = self.norm2(h_NCHW + embedding_NC11, frames)
+        h_NCHW = self.conv2(h_NCHW)
         return h_NCHW + (x_NCHW if self.skip is None else self.skip(x_NCHW))
 
 

@@ -30,6 +30,11 @@ def sample_posterior(moments_BCTHW: Tensor, noise_BCTHW: Tensor) -> Tensor:
     return mean + torch.exp(0.5 * logvar) * noise_BCTHW
 
 
+def kl_divergence(mean_BCTHW: Tensor, logvar_BCTHW: Tensor) -> Tensor:
+    """KL divergence of the posterior to the unit Gaussian, summed over C, T, H, W: ``[B]``."""
+    return 0.5 * (mean_BCTHW.square() + logvar_BCTHW.exp() - 1 - logvar_BCTHW).flatten(1).sum(1)
+
+
 def block_strides(downsample: Sequence[int]) -> list[Stride]:
     """Strides of the blocks, outermost first: block i halves an axis while ``2^i`` is below the axis' factor."""
     return [

@@ -14,6 +14,7 @@ from lvdm.data.batch import VideoBatch
 from lvdm.errors import UserError
 from lvdm.inference import float_to_frames, frames_to_float
 from lvdm.models.build import build_model
+from lvdm.models.video_autoencoder import kl_divergence
 from lvdm.randomness import Purpose, normal
 from lvdm.train.metrics import Sums
 
@@ -57,8 +58,7 @@ class AutoencoderTask:
         reconstruction, mean, logvar = network(frames.to(self.dtype), noise.to(self.device, self.dtype))
         difference = reconstruction.float() - frames
         l1, l2 = difference.abs().mean(), difference.square().mean()
-        mean, logvar = mean.float(), logvar.float()
-        divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / len(batch)
+        divergence = kl_divergence(mean.float(), logvar.float()).mean()
         weights = self.config.loss
         loss = weights.l1_weight * l1 + weights.l2_weight * l2
         loss = loss + weights.kl_weight * divergence / self._values_per_frame

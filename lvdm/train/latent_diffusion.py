@@ -1,17 +1,18 @@
-"""The latent diffusion task: a UNet learns to denoise the latents of a frozen VAE, given text."""
+"""The latent diffusion task: a UNet learns to denoise the latents of a frozen VAE, given text, frames or nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from lvdm.config import LatentDiffusionTraining, OwnVAE
+from lvdm.config import LatentDiffusionTraining, OwnVAE, TextUNetConfig
 from lvdm.data.batch import LatentBatch, VideoBatch
 from lvdm.data.latents import LatentSetInfo, agreed_latent_set
 from lvdm.diffusion.denoiser import Denoiser
+from lvdm.diffusion.masks import draw_given_frames
 from lvdm.diffusion.objective import diffusion_loss, draw_noise, draw_timesteps, quarter_means
 from lvdm.errors import UserError
 from lvdm.inference import frames_to_float, load_vae, own_vae_weights, read_scaling
@@ -28,11 +29,10 @@ _VALIDATION_SEED = seed_from_text("validation")
 
 @dataclass(frozen=True)
 class Encoded:
-    """A batch as the network sees it: scaled latents and text states."""
+    """A batch as the network sees it: scaled latents and, if it reads text, the text's states."""
 
     z_BCTHW: torch.Tensor
-    text_BLD: torch.Tensor
-    text_mask_BL: torch.Tensor | None
+    text: dict[str, torch.Tensor | None] = field(default_factory=dict)
 
 
 class LatentDiffusionTask:
@@ -50,21 +50,23 @@ class LatentDiffusionTask:
             info = agreed_latent_set(config.data.latents.shards)
             check_latent_set(config, info)
             self.scale, self.shift = read_scaling(config.vae, default=(info.scale, info.shift))
-            self.latent_shape, text_dim = info.shape, info.text.dim
+            self._encoded_shape, text_dim = info.shape, info.text.dim
         else:
             assert config.data.video is not None
             clip = config.data.video.clip
             self._vae = load_vae(config.vae, device, dtype)
-            self._text = load_text_encoder(config.text, device, dtype)
+            self._text = load_text_encoder(config.text, device, dtype) if config.text else None
             self.scale, self.shift = self._vae.scale, self._vae.shift
-            self.latent_shape = self._vae.latent_shape(clip.frames, clip.height, clip.width)
-            text_dim = self._text.dim
+            self._encoded_shape = self._vae.latent_shape(clip.frames, clip.height, clip.width)
+            text_dim = self._text.dim if self._text else 0
+        channels, frames, *sides = self._encoded_shape
+        self.latent_shape = (channels, len(range(0, frames, config.latent_stride)), *sides)
         if self.latent_shape[0] != config.model.latent_channels:
             raise UserError(
                 f"model.latent_channels {config.model.latent_channels} does not fit latents of "
                 f"{self.latent_shape[0]} channels"
             )
-        if text_dim != config.model.context_dim:
+        if isinstance(config.model, TextUNetConfig) and text_dim != config.model.context_dim:
             raise UserError(
                 f"model.context_dim {config.model.context_dim} does not fit text states of {text_dim} channels"
             )
@@ -106,9 +108,10 @@ class LatentDiffusionTask:
     ) -> tuple[torch.Tensor, Sums]:
         denoiser = Denoiser(network, self.config.diffusion, self.dtype)
         noise = draw_noise(seed, positions, self.latent_shape).to(self.device)
-        loss_B = diffusion_loss(
-            denoiser, encoded.z_BCTHW, noise, t_B, text_BLD=encoded.text_BLD, text_mask_BL=encoded.text_mask_BL
-        )
+        given = None
+        if self.config.given is not None:
+            given = draw_given_frames(seed, positions, self.latent_shape[1], self.config.given).to(self.device)
+        loss_B = diffusion_loss(denoiser, encoded.z_BCTHW, noise, t_B, given, **encoded.text)
         sums_4, counts_4 = quarter_means(loss_B, t_B, self.config.diffusion.timesteps)
         report: Sums = {"loss": (loss_B.detach().sum(), float(len(loss_B)))}
         report |= {f"loss_by_time/quarter_{i + 1}": (sums_4[i], counts_4[i]) for i in range(4)}
@@ -117,30 +120,38 @@ class LatentDiffusionTask:
     @torch.no_grad()
     def _encode(self, batch: Batch, seed: int) -> Encoded:
         batch = batch.to(self.device)
+        text: dict[str, torch.Tensor | None] = {}
         if isinstance(batch, LatentBatch):
-            moments, text, mask = batch.moments_BCTHW, batch.text_BLD, batch.text_mask_BL
+            moments = batch.moments_BCTHW
+            states_BLD, mask_BL = batch.text_BLD, batch.text_mask_BL
         else:
             assert self._vae is not None
-            assert self._text is not None
             moments = self._vae.encode(frames_to_float(batch.frames_BCTHW)).float()
-            text, mask = self._text.encode(batch.captions)
-        noise = torch.from_numpy(normal(seed, batch.positions, Purpose.POSTERIOR, self.latent_shape))
+            if self._text is not None:
+                states_BLD, mask_BL = self._text.encode(batch.captions)
+        if self.config.text is not None:
+            text = {"text_BLD": states_BLD, "text_mask_BL": mask_BL if self.config.text.mask_padding else None}
+        noise = torch.from_numpy(normal(seed, batch.positions, Purpose.POSTERIOR, self._encoded_shape))
         z = self.scale * (sample_posterior(moments, noise.to(self.device)) + self.shift)
-        return Encoded(z, text, mask if self.config.text.mask_padding else None)
+        return Encoded(z[:, :, :: self.config.latent_stride], text)
 
 
 def check_latent_set(config: LatentDiffusionTraining, info: LatentSetInfo) -> None:
-    """Refuse latents that another VAE or text encoder made. Raises `UserError` naming the field that differs."""
-    pairs = [
-        ("vae.kind", config.vae.kind, info.vae.kind),
-        ("text.name", config.text.name, info.text.name),
-        ("text.max_length", config.text.max_length, info.text.max_length),
-        ("text.mask_padding", config.text.mask_padding, info.text.mask_padding),
-    ]
+    """Refuse latents that another VAE or text encoder made. Raises `UserError` naming the field that differs.
+
+    A model that reads no text takes latents with any.
+    """
+    pairs: list[tuple[str, Any, Any]] = [("vae.kind", config.vae.kind, info.vae.kind)]
+    if config.text is not None:
+        pairs += [
+            ("text.name", config.text.name, info.text.name),
+            ("text.max_length", config.text.max_length, info.text.max_length),
+            ("text.mask_padding", config.text.mask_padding, info.text.mask_padding),
+        ]
     if isinstance(config.vae, OwnVAE):
         pairs.append(("weights of vae.folder (SHA-256)", sha256_of(own_vae_weights(config.vae)), info.vae.sha256))
     else:
         pairs.append(("vae.name", config.vae.name, info.vae.name))
-    for field, wanted, found in pairs:
+    for name, wanted, found in pairs:
         if wanted != found:
-            raise UserError(f"the latents of data.latents were made with another {field}: {found}, not {wanted}")
+            raise UserError(f"the latents of data.latents were made with another {name}: {found}, not {wanted}")

@@ -21,7 +21,10 @@ from lvdm.config import AnyTraining, dump_yaml, parse_training_config, read_tree
 from lvdm.errors import UserError
 from lvdm.storage import write_text
 
-_FIXED = ("task", "model", "diffusion", "loss", "vae", "text", "run.seed", "data.kind", "data.video", "data.latents")
+_FIXED = (
+    "task", "model", "diffusion", "loss", "vae", "text", "given", "latent_stride", "run.seed", "data.kind",
+    "data.video", "data.latents",
+)  # fmt: skip
 """Fields that define what is learnt from which sequence of samples; a run that goes on keeps them."""
 
 

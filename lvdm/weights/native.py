@@ -16,7 +16,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -72,24 +72,31 @@ class Weights(Mapping[str, Tensor]):
         """Shape of every tensor, from the header alone."""
         return {name: tuple(self._file.get_slice(name).get_shape()) for name in self._names}
 
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Type of every tensor, from the header alone."""
+        types = {text: dtype for dtype, text in _DTYPES.items()}
+        return {name: types[self._file.get_slice(name).get_dtype()] for name in self._names}
+
 
 def save_model(
     folder: str | Path,
     state: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     config: Mapping[str, Any],
     parts: Mapping[str, Path] | None = None,
+    add: Callable[[Path], None] | None = None,
 ) -> None:
     """Write an exported folder; ``config`` holds all of config.json but format and version.
 
     Args:
         parts: exported folders that travel along, by the name of the subfolder they are copied to.
+        add: called with the folder while it is being written, to put more files into it.
     Raises:
         UserError: ``folder`` exists, or cannot be written.
     """
     folder = Path(folder)
     if folder.exists():
         raise UserError(f"{folder} already exists; name another output folder or remove it first")
-    document = {"format": FORMAT, "version": VERSION, **config}
+    document = as_document(config)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -97,21 +104,33 @@ def save_model(
         raise UserError(f"cannot write {folder}: {error.strerror}") from None
     try:
         write_safetensors(temporary / WEIGHTS_FILE, state.items() if isinstance(state, Mapping) else state)
-        with (temporary / CONFIG_FILE).open("w", encoding="utf-8") as file:
-            json.dump(document, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
+        write_json(temporary / CONFIG_FILE, document)
         for name, part in (parts or {}).items():
             (temporary / name).mkdir()
             for file_name in (WEIGHTS_FILE, CONFIG_FILE):
                 shutil.copyfile(part / file_name, temporary / name / file_name)
+        if add:
+            add(temporary)
         temporary.chmod(0o755)  # mkdtemp's is private
         temporary.rename(folder)
         sync(folder.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def as_document(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All of config.json."""
+    return {"format": FORMAT, "version": VERSION, **config}
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """A JSON file that survives a crash of the machine once this returns."""
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(document, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_model(folder: str | Path) -> tuple[dict[str, Any], Weights]:
@@ -137,6 +156,19 @@ def read_model(folder: str | Path) -> tuple[dict[str, Any], Weights]:
     if document.get("version") != VERSION:
         raise UserError(f"{path} has version {document.get('version')!r} of the format; this lvdm reads {VERSION}")
     return document, Weights(folder / WEIGHTS_FILE)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A mapping in a JSON file. Raises `UserError`."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path} is not valid JSON") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold a mapping")
+    return tree
 
 
 def load_into(module: nn.Module, folder: str | Path) -> None:

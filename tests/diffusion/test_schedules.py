@@ -40,6 +40,18 @@ def test_the_reference_s_buffers(reference: dict[str, Tensor], name: str, buffer
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_the_tables_of_the_reference_s_checkpoints(reference: dict[str, Tensor], name: str) -> None:
+    tables = build_schedule(CONFIGS[name]).tables()
+    assert len(tables) == 12
+    for table, values in tables.items():
+        assert values.dtype == torch.float32
+        if f"{name}.{table}" in reference:  # the square roots of what is there are not stored
+            same(values[reference["rows"]], reference[f"{name}.{table}"])
+            same(values.double().sum(), reference[f"{name}.{table}.sum"])
+    same(tables["sqrt_alphas_cumprod"] ** 2, tables["alphas_cumprod"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("steps", [5, 25, 50, 100, 250])
 @pytest.mark.parametrize("eta", [0, 1])
 def test_the_reference_s_ddim_tables(reference: dict[str, Tensor], name: str, steps: int, eta: int) -> None:

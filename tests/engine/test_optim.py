@@ -7,6 +7,7 @@ import torch
 
 from lvdm.config import OptimConfig
 from lvdm.engine.optim import AdamWWithEMA, learning_rate
+from tests.models.formula import expected
 
 
 def test_learning_rate_rises_then_falls_to_its_fraction() -> None:
@@ -28,6 +29,36 @@ def test_average_warms_up_as_lvdm_s() -> None:
         decay = min(0.5, (1 + n) / (10 + n))
         average = decay * average + (1 - decay) * weight.detach()
         torch.testing.assert_close(optimizer.state[weight]["ema"], average)
+
+
+def test_average_equals_the_reference_s_on_its_weights() -> None:
+    want = expected("masks_ema")
+    names = ("0.weight", "0.bias")
+    weights = [torch.nn.Parameter(want[f"ema.init.{name}"].clone()) for name in names]
+    # Without gradients and weight decay a step leaves the weights alone, so they can be the reference's.
+    optimizer = AdamWWithEMA(weights, OptimConfig(lr=0.1, weight_decay=0, ema_decay=0.9999))
+    for weight in weights:
+        optimizer.materialize(weight)
+
+    def average_of(update: str) -> None:
+        for weight, name in zip(weights, names, strict=True):
+            weight.data.copy_(want[f"ema.{update}.param.{name}"])
+            weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+
+    for update in range(5):
+        average_of(str(update))
+        for weight, name in zip(weights, names, strict=True):
+            torch.testing.assert_close(
+                optimizer.state[weight]["ema"], want[f"ema.{update}.ema.{name}"], rtol=1e-6, atol=1e-7
+            )
+
+    for weight, name in zip(weights, names, strict=True):  # long after the warm-up the decay is the constant
+        optimizer.state[weight]["step"].fill_(10**7)
+        optimizer.state[weight]["ema"].copy_(want[f"ema.init.{name}"])
+    average_of("0")
+    for weight, name in zip(weights, names, strict=True):
+        torch.testing.assert_close(optimizer.state[weight]["ema"], want[f"ema.constant.{name}"], rtol=1e-6, atol=1e-7)
 
 
 def test_step_is_torch_s_adamw() -> None:

@@ -15,9 +15,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast,
 
 from lvdm.config import TextUNetConfig, VideoAutoencoderConfig
 from lvdm.models.build import build_model
+from lvdm.models.unet_st import SpaceTimeUNet
 from lvdm.models.unet_text import TextUNet
 from lvdm.models.video_autoencoder import VideoAutoencoder
-from tests.models.formula import fill_by_formula, lvdm_autoencoder_key, lvdm_text_unet_key
+from tests.models.formula import (
+    fill_by_formula,
+    lvdm_autoencoder_key,
+    lvdm_space_time_unet_key,
+    lvdm_text_unet_key,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +59,17 @@ def unet() -> TextUNet:
     model = build_model(config, seed=0)
     fill_by_formula(model, lvdm_text_unet_key)
     assert isinstance(model, TextUNet)
+    return model
+
+
+@pytest.fixture
+def space_time_unet() -> SpaceTimeUNet:
+    """The frame-conditioned network with the released models' relative keys; weights by formula."""
+    model = SpaceTimeUNet(
+        model_channels=32, channel_mult=(1, 2), res_blocks=1, attention_levels=(1,), heads=4,
+        relative_keys="transposed", mask_channel=True, noise_levels=251,
+    )  # fmt: skip
+    fill_by_formula(model, lvdm_space_time_unet_key)
     return model
 
 

@@ -96,3 +96,18 @@ def lvdm_text_unet_key(name: str) -> str:
     for pattern, replacement in _UNET_RULES:
         name = re.sub(pattern, replacement, name)
     return re.sub(r"^(output_blocks\.\d+)\.conv", r"\1.2.conv", name)
+
+
+_SPACE_TIME_RULES = [
+    (r"norm_(s|t)(pace|ime)\.", r"norm_\1."),
+    (r"qkv_(s|t)(pace|ime)", r"qkv_\1"),
+    (r"out_(s|t)(pace|ime)", r"proj_out_\1"),
+    (r"^level_embed", "label_emb"),
+]
+
+
+def lvdm_space_time_unet_key(name: str) -> str:
+    """The reference's name of one of our space-time UNet's tensors."""
+    for pattern, replacement in _SPACE_TIME_RULES:
+        name = re.sub(pattern, replacement, name)
+    return lvdm_text_unet_key(name)

@@ -23,6 +23,11 @@ def unet_loss(model: nn.Module) -> Tensor:
     return model(z, torch.tensor([3, 500]), text_BLD=text, text_mask_BL=mask).square().mean()
 
 
+def frames_loss(model: nn.Module) -> Tensor:
+    mask, level = torch.tensor([1.0, 0, 0, 1]).view(1, 1, 4, 1, 1).expand(2, 1, 4, 1, 1), torch.tensor([100, 250])
+    return model(formula_input("z", 2, 4, 4, 8, 8), torch.tensor([3, 500]), mask, level).square().mean()
+
+
 def saved_bytes(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> int:
     """Bytes of distinct activations that the graph keeps for the backward pass."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -38,7 +43,9 @@ def saved_bytes(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-@pytest.mark.parametrize(("fixture", "loss"), [("autoencoder", autoencoder_loss), ("unet", unet_loss)])
+@pytest.mark.parametrize(
+    ("fixture", "loss"), [("autoencoder", autoencoder_loss), ("unet", unet_loss), ("space_time_unet", frames_loss)]
+)
 def test_same_loss_gradients_and_names_with_less_memory(fixture, loss, request):
     plain = request.getfixturevalue(fixture)
     wrapped = copy.deepcopy(plain)

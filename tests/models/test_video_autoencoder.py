@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from lvdm.errors import UserError
-from lvdm.models.video_autoencoder import VideoAutoencoder, block_strides, sample_posterior, split_moments
+from lvdm.models.frozen import OwnFrozenVAE
+from lvdm.models.video_autoencoder import (
+    VideoAutoencoder,
+    block_strides,
+    kl_divergence,
+    sample_posterior,
+    split_moments,
+)
 from tests.models.formula import expected, formula_input
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
@@ -22,6 +29,18 @@ def test_equals_the_reference(autoencoder):
     torch.testing.assert_close(logvar, want["logvar"], **TOLERANCE)
     torch.testing.assert_close(sample_posterior(moments, noise), want["sample"], **TOLERANCE)
     torch.testing.assert_close(reconstruction, want["recon_sample"], **TOLERANCE)
+    # The fixture is the reference's sum over three of the four dimensions, summed over the last one too.
+    torch.testing.assert_close(kl_divergence(mean, logvar), want["kl"], atol=1e-3, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_scaled_latents_equal_the_reference(autoencoder):
+    want = expected("video_autoencoder")
+    vae = OwnFrozenVAE(autoencoder, scale=0.33422927, shift=1.4606637, fingerprint="")
+    moments = vae.encode(formula_input("ls.x", 1, 3, 4, 16, 16, scale=0.5))
+    z = vae.normalize(sample_posterior(moments, formula_input("ls.n", 1, 4, 2, 4, 4)))
+    torch.testing.assert_close(z, want["scaling.z"], **TOLERANCE)
+    torch.testing.assert_close(vae.decode(vae.denormalize(z)), want["scaling.decoded"], **TOLERANCE)
 
 
 @torch.no_grad()
