@@ -164,6 +164,11 @@ class TextUNetConfig(Section):
     norm_over: Literal["clip", "frame"] = "clip"
     """Whether group norm statistics run over all frames of a clip (LVDM) or over each frame alone."""
 
+    @property
+    def halvings(self) -> int:
+        """How often height and width are halved on the way down."""
+        return len(self.channel_mult) - 1
+
     @model_validator(mode="after")
     def _fits(self) -> TextUNetConfig:
         for multiple in self.channel_mult:
@@ -177,6 +182,51 @@ class TextUNetConfig(Section):
                 f"attention_levels {self.attention_levels} exceed the {len(self.channel_mult)} levels of channel_mult"
             )
         return self
+
+
+class ModelScopeUNetConfig(Section):
+    """ModelScope's text-to-video UNet, diffusers' UNet3DConditionModel (``lvdm/models/unet_modelscope.py``)."""
+
+    kind: Literal["modelscope_unet"] = "modelscope_unet"
+    """Tells the class."""
+    latent_channels: PositiveInt = 4
+    """Channels of the latents it denoises."""
+    channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (320, 640, 1280, 1280)
+    """Channels per level; each level but the last halves height and width."""
+    res_blocks: PositiveInt = 2
+    """Residual blocks per level."""
+    attention_levels: tuple[NonNegativeInt, ...] = (0, 1, 2)
+    """Levels (0 is full resolution) with transformers behind each residual block; the middle has one of each."""
+    head_channels: PositiveInt = 64
+    """Channels of an attention head; must divide the channels of the levels with transformers."""
+    context_dim: PositiveInt = 1024
+    """Channels of the text states."""
+    norm_groups: PositiveInt = 32
+    """Groups of the group norms; must divide all channels."""
+    frame_rate: bool = False
+    """Condition on the frames a second of a clip; no layout of diffusers has that."""
+
+    @property
+    def halvings(self) -> int:
+        """How often height and width are halved on the way down."""
+        return len(self.channels) - 1
+
+    @model_validator(mode="after")
+    def _fits(self) -> ModelScopeUNetConfig:
+        if any(level >= len(self.channels) for level in self.attention_levels):
+            raise ValueError(
+                f"attention_levels {self.attention_levels} exceed the {len(self.channels)} levels of channels"
+            )
+        for width in self.channels:
+            if width % self.norm_groups:
+                raise ValueError(f"{width} channels must be divisible by norm_groups {self.norm_groups}")
+        for width in (self.channels[-1], *(self.channels[level] for level in self.attention_levels)):
+            if width % self.head_channels:
+                raise ValueError(f"{width} channels must be divisible by head_channels {self.head_channels}")
+        return self
+
+
+UNetConfig = Annotated[TextUNetConfig | ModelScopeUNetConfig, Field(discriminator="kind")]
 
 
 class OwnVAE(Section):
@@ -365,7 +415,7 @@ class LatentDiffusionTraining(TrainingConfig):
 
     task: Literal["latent_diffusion"]
     """Tells the class."""
-    model: TextUNetConfig
+    model: UNetConfig
     """The denoising network."""
     diffusion: DiffusionConfig = DiffusionConfig()
     """Process and loss."""
@@ -373,3 +423,9 @@ class LatentDiffusionTraining(TrainingConfig):
     """The frozen autoencoder."""
     text: TextEncoderConfig
     """The frozen text encoder."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> LatentDiffusionTraining:
+        if isinstance(self.model, ModelScopeUNetConfig) and self.model.frame_rate:
+            raise ValueError("model.frame_rate: training batches carry no frame rates; set it to false")
+        return self

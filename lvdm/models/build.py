@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from lvdm.config import TextUNetConfig, VideoAutoencoderConfig
+from lvdm.config import ModelScopeUNetConfig, TextUNetConfig, VideoAutoencoderConfig
+from lvdm.models.unet_modelscope import ModelScopeUNet
 from lvdm.models.unet_text import TextUNet
 from lvdm.models.video_autoencoder import VideoAutoencoder
 
-ModelConfig = VideoAutoencoderConfig | TextUNetConfig
-Model = VideoAutoencoder | TextUNet
+ModelConfig = VideoAutoencoderConfig | TextUNetConfig | ModelScopeUNetConfig
+Model = VideoAutoencoder | TextUNet | ModelScopeUNet
 
 
 def build_model(config: ModelConfig, seed: int) -> Model:
@@ -28,6 +29,8 @@ def build_model(config: ModelConfig, seed: int) -> Model:
                 return VideoAutoencoder(**fields)
             case TextUNetConfig():
                 return TextUNet(**fields)
+            case ModelScopeUNetConfig():
+                return ModelScopeUNet(**fields)
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -4,17 +4,16 @@
 Shape letters: B batch, C channels, T frames, H height, W width, N = B * T frames of a batch, S = H * W pixels,
 Q tokens, L text tokens, D channels of a text token, E channels of the time embedding.
 
-Frames ``x_NCHW`` lie channels-last in memory, as in `unet_text`. To a temporal convolution the same memory is one image
-``x_BCTS`` a clip, T rows of S pixels, so it is a 2-D convolution of 3x1 and nothing is copied. A temporal transformer
-needs the frames of a pixel in a row: it copies its tokens once on the way in and once on the way out. Statistics of
-group norms run over each frame alone, but over the clip in front of a temporal layer.
+Frames ``x_NCHW`` lie channels-last in memory, as in `unet_text`. A temporal convolution sees the same memory as
+``x_BTSC`` and is matrix products over the channels, so nothing is copied. A temporal transformer needs the frames of a
+pixel in a row: it copies its tokens once on the way in and once on the way out. Statistics of group norms run over each
+frame alone, but over the clip in front of a temporal layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -22,8 +21,17 @@ from torch import Tensor, nn
 from lvdm.errors import UserError
 from lvdm.models.attention import Attention
 from lvdm.models.embeddings import timestep_embedding
-from lvdm.models.layers import FrameGroupNorm, GroupNorm, LayerNorm, Upsample
-from lvdm.models.unet_text import GatedMLP, ResBlock, zero_init
+from lvdm.models.layers import (
+    FrameConv,
+    FrameGroupNorm,
+    GatedMLP,
+    GroupNorm,
+    LayerNorm,
+    Upsample,
+    join_channels,
+    zero_init,
+)
+from lvdm.models.unet_text import ResBlock
 
 _IN_HEADS = 8  # of the transformer behind the first convolution, whatever its channels
 
@@ -63,7 +71,7 @@ class ModelScopeUNet(nn.Module):
         self.frame_rate_embed: nn.Sequential | None = None
         if frame_rate:
             self.frame_rate_embed = embedding_mlp(self.model_channels, embedding)
-            zero_init(self.frame_rate_embed[-1])
+            zero_init(self.frame_rate_embed[2])  # type: ignore[arg-type]
 
         current = self.model_channels
         self.conv_in = nn.Conv2d(latent_channels, current, 3, padding=1)
@@ -135,7 +143,7 @@ class ModelScopeUNet(nn.Module):
         for block in self.middle_blocks:
             x_NCHW = block(x_NCHW, embedding_BE, text_BLD, text_mask_BL)
         for block in self.output_blocks:
-            x_NCHW = block(torch.cat([x_NCHW, skips.pop()], dim=1), embedding_BE, text_BLD, text_mask_BL)
+            x_NCHW = block(join_channels(x_NCHW, skips.pop()), embedding_BE, text_BLD, text_mask_BL)
         x_NCHW = self.conv_out(self.norm_out(x_NCHW))
         return rearrange(x_NCHW, "(b t) c h w -> b c t h w", t=t)
 
@@ -189,17 +197,16 @@ class TemporalConv(nn.Module):
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
         self.norms = nn.ModuleList(GroupNorm(groups, channels, 1e-5, silu=True) for _ in range(4))
-        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, (3, 1), padding=(1, 0)) for _ in range(4))
-        for parameter in self.convs[3].parameters():
-            nn.init.zeros_(parameter)
+        self.convs = nn.ModuleList(FrameConv(channels) for _ in range(4))
+        zero_init(self.convs[3])  # type: ignore[arg-type]
 
     def forward(self, x_NCHW: Tensor, frames: int) -> Tensor:
         n, c, h, w = x_NCHW.shape
-        x_BCTS = x_NCHW.permute(0, 2, 3, 1).reshape(n // frames, frames, h * w, c).permute(0, 3, 1, 2)
-        h_BCTS = x_BCTS
+        x_BTSC = x_NCHW.permute(0, 2, 3, 1).reshape(n // frames, frames, h * w, c)
+        h_BTSC = x_BTSC
         for norm, conv in zip(self.norms, self.convs, strict=True):
-            h_BCTS = conv(norm(h_BCTS))
-        return (x_BCTS + h_BCTS).permute(0, 2, 3, 1).reshape(n, h, w, c).permute(0, 3, 1, 2)
+            h_BTSC = conv(norm(h_BTSC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return (x_BTSC + h_BTSC).reshape(n, h, w, c).permute(0, 3, 1, 2)
 
 
 class SpatialTransformer(nn.Module):

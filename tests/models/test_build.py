@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lvdm.config import TextUNetConfig, VideoAutoencoderConfig
+from lvdm.config import ModelScopeUNetConfig, TextUNetConfig, VideoAutoencoderConfig
 from lvdm.models.build import build_model, parameter_count
 
 SMALL_AUTOENCODER = VideoAutoencoderConfig(hidden_channels=4, downsample=(2, 2, 2), norm_groups=4)
@@ -14,8 +14,12 @@ SMALL_UNET = TextUNetConfig(
 
 @pytest.mark.parametrize(
     ("config", "parameters"),
-    [(TextUNetConfig(), 958_924_964), (VideoAutoencoderConfig(), 19_446_759)],
-    ids=["text_unet", "video_autoencoder"],
+    [
+        (TextUNetConfig(), 958_924_964),
+        (VideoAutoencoderConfig(), 19_446_759),
+        (ModelScopeUNetConfig(), 1_411_233_860),
+    ],
+    ids=["text_unet", "video_autoencoder", "modelscope_unet"],
 )
 def test_full_size_has_the_references_parameters(config, parameters):
     with torch.device("meta"):

@@ -38,7 +38,9 @@ def saved_bytes(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-@pytest.mark.parametrize(("fixture", "loss"), [("autoencoder", autoencoder_loss), ("unet", unet_loss)])
+@pytest.mark.parametrize(
+    ("fixture", "loss"), [("autoencoder", autoencoder_loss), ("unet", unet_loss), ("modelscope", unet_loss)]
+)
 def test_same_loss_gradients_and_names_with_less_memory(fixture, loss, request):
     plain = request.getfixturevalue(fixture)
     wrapped = copy.deepcopy(plain)
