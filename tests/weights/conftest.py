@@ -41,7 +41,7 @@ def unet3d() -> UNet3DConditionModel:
 def unet2d() -> UNet2DConditionModel:
     """Stable Diffusion 1.x's shape, tiny: four levels, eight heads on each, convolutions around the transformers."""
     model = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 32, 64, 64), layers_per_block=2, norm_num_groups=8,
+        sample_size=8, block_out_channels=(32, 64, 64, 64), layers_per_block=2, norm_num_groups=32,
         attention_head_dim=8, cross_attention_dim=24,
     )  # fmt: skip
     return no_zeros(model)
