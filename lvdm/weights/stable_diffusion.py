@@ -1,10 +1,10 @@
 """Stable Diffusion 1.x's UNet made into our text-to-video UNet: how LVDM's text model starts.
 
 Every tensor of the 2-D model has a place in `TextUNet`; what is left over there is temporal attention. Its output
-starts at zero, so with ``norm_over: frame`` each frame of a clip is at first what the 2-D model makes of it. Two layouts
-are read: CompVis' (a ``.ckpt`` or ``.safetensors`` with ``model.diffusion_model.*``) and the folder of a diffusers
-``UNet2DConditionModel``. The 1x1 convolutions around their transformers are linear layers here: ``[O, I, 1, 1]``
-becomes ``[O, I]``.
+starts at zero, so with ``norm_over: frame`` each frame of a clip is at first what the 2-D model makes of it. Two
+layouts are read: CompVis' (a ``.ckpt`` or ``.safetensors`` with ``model.diffusion_model.*``) and the folder of a
+diffusers ``UNet2DConditionModel``. The 1x1 convolutions around their transformers are linear layers here:
+``[O, I, 1, 1]`` becomes ``[O, I]``.
 """
 
 from __future__ import annotations
