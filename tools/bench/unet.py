@@ -170,7 +170,8 @@ def write(folder: Path, table: str) -> None:
         f"# ModelScope's UNet against diffusers', {today}",
         "",
         f"- command: `{' '.join([Path(sys.executable).name, *sys.argv])}`",
-        f"- hardware: {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
+        f"- hardware: {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used, "
+        f"load average {os.getloadavg()[0]:.1f} at the end",
         f"- versions: Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}",
         f"- model: channels {CHANNELS}, heads of {HEAD}, clip {'x'.join(map(str, CLIP))}, "
         f"{TOKENS} text tokens of {CONTEXT}, fp32",
