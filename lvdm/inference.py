@@ -15,6 +15,7 @@ import torch
 
 from lvdm.config import (
     LatentDiffusionTraining,
+    ModelScopeUNetConfig,
     OwnVAE,
     TextUNetConfig,
     VAEConfig,
@@ -43,6 +44,10 @@ VAE_FOLDER = "vae"
 """Where an export carries its own autoencoder."""
 TEXT_FOLDER = "text_encoder"
 """Where an import carries the text encoder that came with it."""
+_UNETS: dict[str, type[TextUNetConfig] | type[ModelScopeUNetConfig]] = {
+    "text_unet": TextUNetConfig,
+    "modelscope_unet": ModelScopeUNetConfig,
+}
 
 
 def frames_to_float(frames_BCTHW: torch.Tensor) -> torch.Tensor:
@@ -200,12 +205,13 @@ def load(folder: str | Path, device: str | torch.device = "", dtype: torch.dtype
     folder = Path(folder)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tree, _ = read_model(folder)
-    if tree["model"].get("kind") != "text_unet":
-        raise UserError(f"{folder} holds a {tree['model'].get('kind')}; sampling needs a text_unet")
+    kind = tree["model"].get("kind")
+    if kind not in _UNETS:
+        raise UserError(f"{folder} holds a {kind}; sampling needs one of {', '.join(_UNETS)}")
     config = parse_training_config(tree["training"], source=str(folder))
     assert isinstance(config, LatentDiffusionTraining)
     facts = tree["facts"]
-    network = build_model(parse_config(TextUNetConfig, tree["model"], source=str(folder)), seed=0)
+    network = build_model(parse_config(_UNETS[kind], tree["model"], source=str(folder)), seed=0)
     load_into(network, folder)
     vae_config, text_config = config.vae, config.text
     assert text_config is not None

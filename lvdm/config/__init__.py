@@ -7,12 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from lvdm.config.base import Section, dump_yaml, parse_config, read_tree
+from lvdm.config.models import (
+    ModelScopeUNetConfig,
+    SpaceTimeUNetConfig,
+    TextUNetConfig,
+    UNetConfig,
+    VideoAutoencoderConfig,
+)
 from lvdm.config.sections import (
     AutoencoderTraining,
     BatchConfig,
     ClipConfig,
     DataConfig,
-    DenoiserConfig,
     DiffusersVAE,
     DiffusionConfig,
     EngineConfig,
@@ -23,13 +29,10 @@ from lvdm.config.sections import (
     OwnVAE,
     ReconstructionConfig,
     RunConfig,
-    SpaceTimeUNetConfig,
     TextEncoderConfig,
-    TextUNetConfig,
     TrainingConfig,
     VAEConfig,
     ValidationConfig,
-    VideoAutoencoderConfig,
     VideoSource,
 )
 from lvdm.errors import UserError
@@ -64,13 +67,13 @@ __all__ = [
     "BatchConfig",
     "ClipConfig",
     "DataConfig",
-    "DenoiserConfig",
     "DiffusersVAE",
     "DiffusionConfig",
     "EngineConfig",
     "GivenFramesConfig",
     "LatentDiffusionTraining",
     "LatentSource",
+    "ModelScopeUNetConfig",
     "OptimConfig",
     "OwnVAE",
     "ReconstructionConfig",
@@ -80,6 +83,7 @@ __all__ = [
     "TextEncoderConfig",
     "TextUNetConfig",
     "TrainingConfig",
+    "UNetConfig",
     "VAEConfig",
     "ValidationConfig",
     "VideoAutoencoderConfig",

@@ -6,10 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lvdm.config.base import Section
+from lvdm.config.base import NonNegativeInt, PositiveInt, Section
+from lvdm.config.models import ModelScopeUNetConfig, SpaceTimeUNetConfig, UNetConfig, VideoAutoencoderConfig
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -107,123 +106,6 @@ class DataConfig(Section):
         if getattr(self, wanted) is None:
             raise ValueError(f"kind={self.kind} needs the section data.{wanted}")
         return self
-
-
-class VideoAutoencoderConfig(Section):
-    """LVDM's 3-D convolutional autoencoder (``lvdm/models/video_autoencoder.py``)."""
-
-    kind: Literal["video_autoencoder"] = "video_autoencoder"
-    """Tells the class."""
-    hidden_channels: PositiveInt = 32
-    """Channels after the first convolution; each of the down blocks doubles them."""
-    downsample: tuple[PositiveInt, PositiveInt, PositiveInt] = (4, 8, 8)
-    """Factors by which time, height and width shrink; powers of two."""
-    latent_channels: PositiveInt = 4
-    """Channels of a latent."""
-    norm_groups: PositiveInt = 32
-    """Groups of the group norms; must divide ``2 * hidden_channels``."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> VideoAutoencoderConfig:
-        if any(factor & (factor - 1) for factor in self.downsample):
-            raise ValueError(f"downsample {self.downsample} must hold powers of two")
-        if (2 * self.hidden_channels) % self.norm_groups:
-            raise ValueError(
-                f"norm_groups {self.norm_groups} must divide 2 * hidden_channels = {2 * self.hidden_channels}"
-            )
-        return self
-
-
-class TextUNetConfig(Section):
-    """LVDM's text-to-video UNet: Stable Diffusion's shape plus temporal attention (``lvdm/models/unet_text.py``)."""
-
-    kind: Literal["text_unet"] = "text_unet"
-    """Tells the class."""
-    latent_channels: PositiveInt = 4
-    """Channels of the latents it denoises."""
-    model_channels: PositiveInt = 320
-    """Channels at full latent resolution."""
-    channel_mult: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 4)
-    """Multiples of ``model_channels`` per level; each level but the last halves height and width."""
-    res_blocks: PositiveInt = 2
-    """Residual blocks per level."""
-    attention_levels: tuple[NonNegativeInt, ...] = (0, 1, 2)
-    """Levels (0 is full resolution) with a space-time transformer behind each residual block; the middle has one."""
-    heads: PositiveInt = 8
-    """Attention heads; the head dimension is channels / heads."""
-    transformer_depth: PositiveInt = 1
-    """Transformer blocks in each space-time transformer."""
-    context_dim: PositiveInt = 768
-    """Channels of the text states."""
-    temporal_length: PositiveInt = 16
-    """Largest relative distance in frames that has its own position embedding; clips may be longer."""
-    relative_position: bool = True
-    """Relative position tables in temporal attention."""
-    norm_groups: PositiveInt = 32
-    """Groups of the group norms; must divide ``model_channels``."""
-    norm_over: Literal["clip", "frame"] = "clip"
-    """Whether group norm statistics run over all frames of a clip (LVDM) or over each frame alone."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> TextUNetConfig:
-        _check_levels(self)
-        return self
-
-
-class SpaceTimeUNetConfig(Section):
-    """LVDM's UNet without text: attention over space, then time, and adaptive norms (``lvdm/models/unet_st.py``)."""
-
-    kind: Literal["space_time_unet"] = "space_time_unet"
-    """Tells the class."""
-    latent_channels: PositiveInt = 4
-    """Channels of the latents it denoises."""
-    model_channels: PositiveInt = 256
-    """Channels at full latent resolution."""
-    channel_mult: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 3, 4)
-    """Multiples of ``model_channels`` per level; each level but the last halves height and width."""
-    res_blocks: PositiveInt = 3
-    """Residual blocks per level."""
-    attention_levels: tuple[NonNegativeInt, ...] = (1, 2, 3)
-    """Levels (0 is full resolution) with space-time attention behind each residual block; the middle has one."""
-    heads: PositiveInt = 4
-    """Attention heads; the head dimension is channels / heads."""
-    temporal_length: PositiveInt = 4
-    """Largest relative distance in frames that has its own position embedding; clips may be longer."""
-    relative_keys: Literal["shaw", "transposed"] = "shaw"
-    """Relative positions of the keys: as defined (``shaw``, arXiv 1803.02155), or ``transposed``, the released LVDM
-    models' slip, which swaps query and key in that term and scales it by d^(-1/4): their weights need it."""
-    norm_groups: PositiveInt = 32
-    """Groups of the group norms; must divide ``model_channels``."""
-    norm_over: Literal["clip", "frame"] = "clip"
-    """Whether group norm statistics of residual blocks run over all frames of a clip (LVDM) or over each frame."""
-    mask_channel: bool = False
-    """Whether the input has one more channel that marks given frames, for prediction and interpolation."""
-    noise_levels: NonNegativeInt = 0
-    """Labels of the noise level of given frames, embedded like the time; the last one means none. 0: no labels."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> SpaceTimeUNetConfig:
-        _check_levels(self)
-        if self.noise_levels and not self.mask_channel:
-            raise ValueError("noise_levels belong to given frames, so they need mask_channel: true")
-        return self
-
-
-DenoiserConfig = Annotated[TextUNetConfig | SpaceTimeUNetConfig, Field(discriminator="kind")]
-
-
-def _check_levels(model: TextUNetConfig | SpaceTimeUNetConfig) -> None:
-    """Raises `ValueError` where channels, heads, groups and levels do not go together."""
-    for multiple in model.channel_mult:
-        channels = model.model_channels * multiple
-        if channels % model.heads or channels % model.norm_groups:
-            raise ValueError(
-                f"{channels} channels must be divisible by heads {model.heads} and norm_groups {model.norm_groups}"
-            )
-    if any(level >= len(model.channel_mult) for level in model.attention_levels):
-        raise ValueError(
-            f"attention_levels {model.attention_levels} exceed the {len(model.channel_mult)} levels of channel_mult"
-        )
 
 
 class OwnVAE(Section):
@@ -438,7 +320,7 @@ class LatentDiffusionTraining(TrainingConfig):
 
     task: Literal["latent_diffusion"]
     """Tells the class."""
-    model: DenoiserConfig
+    model: UNetConfig
     """The denoising network."""
     diffusion: DiffusionConfig = DiffusionConfig()
     """Process and loss."""
@@ -468,4 +350,6 @@ class LatentDiffusionTraining(TrainingConfig):
                 raise ValueError(f"model.noise_levels must be {labels} to go with given.noise_levels {levels}")
             if levels > self.diffusion.timesteps:
                 raise ValueError(f"given.noise_levels {levels} exceed diffusion.timesteps {self.diffusion.timesteps}")
+        if isinstance(self.model, ModelScopeUNetConfig) and self.model.frame_rate:
+            raise ValueError("model.frame_rate: training batches carry no frame rates; set it to false")
         return self

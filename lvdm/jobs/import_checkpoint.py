@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 import lvdm
-from lvdm.config import DenoiserConfig, VideoAutoencoderConfig
+from lvdm.config import UNetConfig, VideoAutoencoderConfig
 from lvdm.errors import UserError
 from lvdm.inference import TEXT_FOLDER, VAE_FOLDER
 from lvdm.models.build import build_model
@@ -32,7 +32,7 @@ from lvdm.weights.torch_file import read_tensors
 REST_FILE = "rest.safetensors"
 SCALING_FILE = "scaling.json"
 _FILE_OF = {"lvdm": WEIGHTS_FILE, "transformers": WEIGHTS_FILE, "diffusers": "diffusion_pytorch_model.safetensors"}
-_MODELS: TypeAdapter[Any] = TypeAdapter(VideoAutoencoderConfig | DenoiserConfig)
+_MODELS: TypeAdapter[Any] = TypeAdapter(VideoAutoencoderConfig | UNetConfig)
 
 
 def import_checkpoint(

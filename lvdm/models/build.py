@@ -6,13 +6,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from lvdm.config import SpaceTimeUNetConfig, TextUNetConfig, VideoAutoencoderConfig
+from lvdm.config import ModelScopeUNetConfig, SpaceTimeUNetConfig, TextUNetConfig, VideoAutoencoderConfig
+from lvdm.models.unet_modelscope import ModelScopeUNet
 from lvdm.models.unet_st import SpaceTimeUNet
 from lvdm.models.unet_text import TextUNet
 from lvdm.models.video_autoencoder import VideoAutoencoder
 
-ModelConfig = VideoAutoencoderConfig | TextUNetConfig | SpaceTimeUNetConfig
-Model = VideoAutoencoder | TextUNet | SpaceTimeUNet
+ModelConfig = VideoAutoencoderConfig | TextUNetConfig | SpaceTimeUNetConfig | ModelScopeUNetConfig
+Model = VideoAutoencoder | TextUNet | SpaceTimeUNet | ModelScopeUNet
 
 
 def build_model(config: ModelConfig, seed: int) -> Model:
@@ -31,6 +32,8 @@ def build_model(config: ModelConfig, seed: int) -> Model:
                 return TextUNet(**fields)
             case SpaceTimeUNetConfig():
                 return SpaceTimeUNet(**fields)
+            case ModelScopeUNetConfig():
+                return ModelScopeUNet(**fields)
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from lvdm.errors import UserError
 from lvdm.models.attention import Attention, TemporalAttention
 from lvdm.models.embeddings import timestep_embedding
-from lvdm.models.layers import FrameGroupNorm, LayerNorm, NormOver, Upsample
+from lvdm.models.layers import FrameGroupNorm, GatedMLP, LayerNorm, NormOver, Upsample, join_channels, zero_init
 
 
 class TextUNet(nn.Module):
@@ -118,7 +117,7 @@ class TextUNet(nn.Module):
         for block in self.middle_blocks:
             x_NCHW = block(x_NCHW, embedding_BE, text_BLD, text_mask_BL)
         for block in self.output_blocks:
-            x_NCHW = block(torch.cat([x_NCHW, skips.pop()], dim=1), embedding_BE, text_BLD, text_mask_BL)
+            x_NCHW = block(join_channels(x_NCHW, skips.pop()), embedding_BE, text_BLD, text_mask_BL)
         x_NCHW = self.conv_out(self.norm_out(x_NCHW, t))
         return rearrange(x_NCHW, "(b t) c h w -> b c t h w", t=t)
 
@@ -244,23 +243,3 @@ class TransformerBlock(nn.Module):
         x_BTSC = x_BTSC + self.attn_text(queries_BQC, text_BLD, text_mask_BL).unflatten(1, (t, s))
         x_BTSC = x_BTSC + self.attn_time2(self.norm_time2(x_BTSC))
         return x_BTSC + self.ff(self.norm_ff(x_BTSC))
-
-
-class GatedMLP(nn.Module):
-    """GEGLU (arXiv 2002.05202): ``out(value * gelu(gate))`` with four times the channels inside."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.proj_in = nn.Linear(channels, 8 * channels)
-        self.proj_out = nn.Linear(4 * channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj_in(x).chunk(2, dim=-1)
-        return self.proj_out(value * F.gelu(gate))
-
-
-def zero_init(module: nn.Conv2d | nn.Linear) -> None:
-    """Make a residual branch or the output start at zero."""
-    nn.init.zeros_(module.weight)
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)

@@ -70,11 +70,11 @@ class LatentDiffusionTask:
             raise UserError(
                 f"model.context_dim {config.model.context_dim} does not fit text states of {text_dim} channels"
             )
-        smallest = 2 ** (len(config.model.channel_mult) - 1)
+        smallest = 2**config.model.halvings
         if any(side % smallest for side in self.latent_shape[2:]):
             raise UserError(
-                f"model.channel_mult halves the latent {len(config.model.channel_mult) - 1} times, but its height and "
-                f"width {self.latent_shape[2:]} are not divisible by {smallest}"
+                f"model halves the latent {config.model.halvings} times, but its height and width "
+                f"{self.latent_shape[2:]} are not divisible by {smallest}"
             )
         self.model = build_model(config.model, config.run.seed)
 

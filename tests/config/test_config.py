@@ -18,6 +18,7 @@ from lvdm.config import (
     Section,
     dump_yaml,
     load_training_config,
+    models,
     parse_training_config,
     read_tree,
     sections,
@@ -30,8 +31,9 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SECTIONS = [
     value
-    for _, value in inspect.getmembers(sections, inspect.isclass)
-    if issubclass(value, Section) and value is not Section
+    for module in (models, sections)
+    for _, value in inspect.getmembers(module, inspect.isclass)
+    if issubclass(value, Section) and value.__module__ == module.__name__
 ]
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
 

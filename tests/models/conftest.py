@@ -13,8 +13,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from lvdm.config import TextUNetConfig, VideoAutoencoderConfig
+from lvdm.config import ModelScopeUNetConfig, TextUNetConfig, VideoAutoencoderConfig
 from lvdm.models.build import build_model
+from lvdm.models.unet_modelscope import ModelScopeUNet
 from lvdm.models.unet_st import SpaceTimeUNet
 from lvdm.models.unet_text import TextUNet
 from lvdm.models.video_autoencoder import VideoAutoencoder
@@ -70,6 +71,18 @@ def space_time_unet() -> SpaceTimeUNet:
         relative_keys="transposed", mask_channel=True, noise_levels=251,
     )  # fmt: skip
     fill_by_formula(model, lvdm_space_time_unet_key)
+    return model
+
+
+@pytest.fixture
+def modelscope() -> ModelScopeUNet:
+    """Weights by formula: none of them zero."""
+    config = ModelScopeUNetConfig(
+        channels=(32, 64), res_blocks=1, attention_levels=(0,), head_channels=8, context_dim=24, norm_groups=8
+    )
+    model = build_model(config, seed=0)
+    fill_by_formula(model, lambda name: name)
+    assert isinstance(model, ModelScopeUNet)
     return model
 
 

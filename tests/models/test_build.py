@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lvdm.config import SpaceTimeUNetConfig, TextUNetConfig, VideoAutoencoderConfig
+from lvdm.config import ModelScopeUNetConfig, SpaceTimeUNetConfig, TextUNetConfig, VideoAutoencoderConfig
 from lvdm.models.build import build_model, parameter_count
 
 SMALL_AUTOENCODER = VideoAutoencoderConfig(hidden_channels=4, downsample=(2, 2, 2), norm_groups=4)
@@ -20,8 +20,9 @@ SMALL_UNET = TextUNetConfig(
         (SpaceTimeUNetConfig(), 548_904_580),
         (SpaceTimeUNetConfig(mask_channel=True, noise_levels=251), 549_163_908),
         (SpaceTimeUNetConfig(mask_channel=True, noise_levels=251, temporal_length=5), 549_181_060),
+        (ModelScopeUNetConfig(), 1_411_233_860),
     ],
-    ids=["text_unet", "video_autoencoder", "short", "prediction", "interpolation"],
+    ids=["text_unet", "video_autoencoder", "short", "prediction", "interpolation", "modelscope_unet"],
 )
 def test_full_size_has_the_references_parameters(config, parameters):
     with torch.device("meta"):

@@ -44,7 +44,13 @@ def saved_bytes(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("fixture", "loss"), [("autoencoder", autoencoder_loss), ("unet", unet_loss), ("space_time_unet", frames_loss)]
+    ("fixture", "loss"),
+    [
+        ("autoencoder", autoencoder_loss),
+        ("unet", unet_loss),
+        ("space_time_unet", frames_loss),
+        ("modelscope", unet_loss),
+    ],
 )
 def test_same_loss_gradients_and_names_with_less_memory(fixture, loss, request):
     plain = request.getfixturevalue(fixture)

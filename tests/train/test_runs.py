@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lvdm.inference import load
+from lvdm.jobs.export import export_checkpoint
 from tests.conftest import Toy, copy_with_broken_clips
 from tests.ranks import Launch, run_ranks
 from tests.train.runs import log_of, run, wait_for_step
@@ -141,3 +143,20 @@ def test_streaming_source_trains(toy: Toy, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run_ranks(run, 2, toy.diffusion(folder, run__steps=2, data__kind="stream"))
     assert [line["step"] for line in log_of(folder)] == [1, 2]
+
+
+def test_modelscope_unet_trains_and_its_export_samples(toy: Toy, tmp_path: Path) -> None:
+    model = {
+        "kind": "modelscope_unet",
+        "channels": [8, 16],
+        "res_blocks": 1,
+        "attention_levels": [1],
+        "head_channels": 8,
+        "context_dim": 384,
+        "norm_groups": 4,
+    }
+    run_ranks(run, 1, toy.diffusion(tmp_path / "run", run__steps=2, batch__size=1, model=model, engine__zero_stage=3))
+    assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 2]
+    export_checkpoint(tmp_path / "run", tmp_path / "export")
+    clips = load(tmp_path / "export", device="cpu").sample(["a red circle"], seeds=[1], steps=2)
+    assert clips.shape == (1, 4, 16, 16, 3)
