@@ -6,24 +6,26 @@ there: the same numbers in another order, so a round trip is exact to the bit.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from lvdm.errors import UserError
-from lvdm.storage import sync, write_text
-from lvdm.weights.foreign import Renamed, check_names, open_tensors, read_json
-from lvdm.weights.native import write_safetensors
+from lvdm.weights.foreign import (
+    CONFIG_FILE,
+    Renamed,
+    check_names,
+    new_folder,
+    open_tensors,
+    write_document,
+    write_model,
+)
+from lvdm.weights.native import read_json
 
 CLASS = "UNet3DConditionModel"
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-CONFIG_FILE = "config.json"
 
 _RES = {
     "norm1": "norm1",
@@ -139,7 +141,7 @@ def to_ours(model: Mapping[str, Any], given: Mapping[str, Tensor], source: str) 
     """Our names and shapes over their tensors. Raises `UserError` naming what is missing or unexpected."""
     names = tensor_names(model)
     check_names(given, names.values(), source, layout=CLASS)
-    return Renamed(given, names, lambda name, tensor: _matrices(tensor) if _is_temporal(name) else tensor)
+    return Renamed(given, names, lambda name, tensor: _matrices(names[name], tensor) if _is_temporal(name) else tensor)
 
 
 def from_ours(model: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -212,8 +214,8 @@ def write_unet3d(
         UserError: ``folder`` exists or cannot be written, or diffusers has no such model.
     """
     theirs = from_ours(model, tensors)
-    with _new_folder(Path(folder)) as temporary:
-        _write_unet(temporary, model, theirs, provenance, sample_size)
+    with new_folder(Path(folder)) as temporary:
+        write_model(temporary, their_config(model, sample_size), theirs, provenance)
 
 
 def write_pipeline(
@@ -243,31 +245,31 @@ def write_pipeline(
     for name, part in parts.items():
         if not Path(part).is_dir():
             raise UserError(f"{name} {part} is no folder; the pipeline needs one to copy")
-    with _new_folder(Path(folder)) as temporary:
+    with new_folder(Path(folder)) as temporary:
         (temporary / "unet").mkdir()
-        _write_unet(temporary / "unet", model, theirs, provenance, sample_size)
+        write_model(temporary / "unet", their_config(model, sample_size), theirs, provenance)
         for name, part in parts.items():
-            shutil.copytree(part, temporary / name)
+            # a text encoder's folder may be its tokenizer's too; weights go with the encoder alone
+            unwanted = ("*.safetensors", "*.bin") if name == "tokenizer" else ("*.bin",)
+            shutil.copytree(part, temporary / name, ignore=shutil.ignore_patterns(*unwanted))
         (temporary / "scheduler").mkdir()
-        _write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
-        _write_json(temporary / "model_index.json", _PIPELINE)
+        write_document(temporary / "scheduler" / "scheduler_config.json", scheduler)
+        write_document(temporary / "model_index.json", _PIPELINE)
 
 
 def scheduler_config(diffusion: Mapping[str, Any]) -> dict[str, Any]:
     """``DDIMScheduler``'s config for our diffusion section. Raises `UserError` for what it has no name for."""
-    schedules = {"scaled_linear": "scaled_linear", "linear": "linear"}
-    predictions = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
     schedule, target = diffusion["schedule"], diffusion["parameterization"]
-    if schedule not in schedules or target not in predictions:
+    if schedule not in _SCHEDULES or target not in _PREDICTIONS:
         raise UserError(f"diffusers' DDIMScheduler knows no schedule {schedule} with parameterization {target}")
     zero = bool(diffusion["zero_terminal_snr"])
     return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": diffusion["timesteps"],
-        "beta_schedule": schedules[schedule],
+        "beta_schedule": schedule,
         "beta_start": diffusion["beta_start"],
         "beta_end": diffusion["beta_end"],
-        "prediction_type": predictions[target],
+        "prediction_type": _PREDICTIONS[target],
         "rescale_betas_zero_snr": zero,
         "timestep_spacing": "trailing" if zero else "leading",
         "steps_offset": 0 if zero else 1,
@@ -276,6 +278,24 @@ def scheduler_config(diffusion: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def our_diffusion(document: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Our diffusion section of a ``scheduler_config.json``. Raises `UserError` for a process that lvdm lacks."""
+    targets = {theirs: ours for ours, theirs in _PREDICTIONS.items()}
+    schedule, target = document.get("beta_schedule", "linear"), document.get("prediction_type", "epsilon")
+    if schedule not in _SCHEDULES or target not in targets or document.get("trained_betas") is not None:
+        raise UserError(f"{source}: lvdm has no process of beta_schedule {schedule}, prediction_type {target}")
+    return {
+        "timesteps": document.get("num_train_timesteps", 1000),
+        "schedule": schedule,
+        "beta_start": document.get("beta_start", 0.0001),
+        "beta_end": document.get("beta_end", 0.02),
+        "zero_terminal_snr": bool(document.get("rescale_betas_zero_snr", False)),
+        "parameterization": targets[target],
+    }
+
+
+_SCHEDULES = ("scaled_linear", "linear")
+_PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 _FIXED: dict[str, Any] = {
     "_class_name": CLASS,
     "act_fn": "silu",
@@ -309,45 +329,11 @@ def _is_temporal(name: str) -> bool:
     return ".temporal_conv.convs." in name and name.endswith(".weight")
 
 
-def _matrices(kernel_OI311: Tensor) -> Tensor:
+def _matrices(name: str, kernel_OI311: Tensor) -> Tensor:
+    if tuple(kernel_OI311.shape[2:]) != (3, 1, 1):
+        raise UserError(f"tensor {name} is of another shape: {list(kernel_OI311.shape)} is no temporal kernel")
     return kernel_OI311.flatten(2).permute(2, 0, 1)
 
 
 def _kernel(matrices_3OI: Tensor) -> Tensor:
     return matrices_3OI.permute(1, 2, 0)[..., None, None]
-
-
-def _write_unet(
-    folder: Path,
-    model: Mapping[str, Any],
-    theirs: Mapping[str, Tensor],
-    provenance: Mapping[str, Any],
-    sample_size: int,
-) -> None:
-    write_safetensors(folder / WEIGHTS_FILE, theirs.items())
-    _write_json(folder / CONFIG_FILE, their_config(model, sample_size))
-    _write_json(folder / "provenance.json", provenance)
-
-
-def _write_json(path: Path, document: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-
-
-@contextlib.contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``folder`` when the block ends, or nothing if it raises."""
-    if folder.exists():
-        raise UserError(f"{folder} already exists; name another output folder or remove it first")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}") from None
-    try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp's is private
-        temporary.rename(folder)
-        sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

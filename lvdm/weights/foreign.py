@@ -1,20 +1,26 @@
-"""Reading the files of other projects: tensors by name, each read when asked for, never unpickled code."""
+"""Folders of the diffusers library: their tensors by name, read when asked for, and new ones whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lvdm.errors import UserError
-from lvdm.weights.native import Weights
+from lvdm.storage import sync, write_text
+from lvdm.weights import conversion
+from lvdm.weights.conversion import Mismatch
+from lvdm.weights.native import Weights, read_json, write_safetensors
+from lvdm.weights.torch_file import read_tensors
 
-_DIFFUSERS_NAME = "diffusion_pytorch_model"
+CONFIG_FILE = "config.json"
+_STEM = "diffusion_pytorch_model"
 
 
 class Renamed(Mapping[str, Tensor]):
@@ -54,65 +60,69 @@ class _Shards(Mapping[str, Tensor]):
         return len(self._file_of)
 
 
-def open_tensors(path: str | Path) -> Mapping[str, Tensor]:
-    """The tensors of a ``.safetensors`` file, of a ``.ckpt``, ``.pt`` or ``.bin`` file, or of a folder of diffusers.
-
-    A pickled file is read with ``weights_only`` and memory-mapped; its ``state_dict`` is taken if it has one.
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold the weights of a model: the file itself, or those of a folder of diffusers.
 
     Raises:
-        UserError: there is none, or it is truncated or holds anything but tensors.
+        UserError: the folder holds none.
     """
-    path = Path(path)
-    if path.is_dir():
-        return _open_folder(path)
-    if path.suffix == ".safetensors":
-        return Weights(path)
-    try:
-        tree = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise UserError(f"no weights at {path}") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError):
-        raise UserError(f"{path} is no readable checkpoint of tensors: truncated, or it holds code") from None
-    tree = tree.get("state_dict", tree) if isinstance(tree, dict) else tree
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} holds no mapping of tensors but a {type(tree).__name__}")
-    return {name: tensor for name, tensor in tree.items() if isinstance(tensor, Tensor)}
-
-
-def _open_folder(folder: Path) -> Mapping[str, Tensor]:
-    index = folder / f"{_DIFFUSERS_NAME}.safetensors.index.json"
+    if not path.is_dir():
+        return [path]
+    index = path / f"{_STEM}.safetensors.index.json"
     if index.is_file():
         files = read_json(index).get("weight_map")
         if not isinstance(files, dict) or any(Path(str(name)).name != name for name in files.values()):
             raise UserError(f"{index} is no index of files beside it")
-        return _Shards(folder / name for name in sorted(set(files.values())))
+        return [path / name for name in sorted(set(files.values()))]
     for suffix in (".safetensors", ".bin"):
-        if (folder / (_DIFFUSERS_NAME + suffix)).is_file():
-            return open_tensors(folder / (_DIFFUSERS_NAME + suffix))
-    raise UserError(f"{folder} holds no {_DIFFUSERS_NAME}.safetensors")
+        if (path / (_STEM + suffix)).is_file():
+            return [path / (_STEM + suffix)]
+    raise UserError(f"{path} holds no {_STEM}.safetensors")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises `UserError`."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"{path} is not valid JSON") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return document
+def open_tensors(path: str | Path) -> Mapping[str, Tensor]:
+    """The tensors of a file, as `read_tensors` does, or of a folder of diffusers. Raises `UserError`."""
+    files = weight_files(Path(path))
+    return read_tensors(files[0]) if len(files) == 1 else _Shards(files)
 
 
-def check_names(given: Iterable[str], wanted: Iterable[str], source: str, layout: str) -> None:
+def check_names(given: Collection[str], wanted: Iterable[str], source: str, layout: str) -> None:
     """Raise `UserError`, one line, when names are missing or unexpected."""
-    have, want = set(given), set(wanted)
-    faults = {"missing": sorted(want - have), "unexpected": sorted(have - want)}
-    parts = [
-        f"{len(names)} {fault} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
-        for fault, names in faults.items()
-        if names
-    ]
-    if parts:
-        raise UserError(f"{source} is not of the layout {layout}: tensors {', '.join(parts)}")
+    try:
+        conversion.check_names(wanted, (), given)
+    except Mismatch as fault:
+        raise UserError(f"{source} is not of the layout {layout}: tensors {fault}") from None
+
+
+def write_model(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]
+) -> None:
+    """Put a model of diffusers into ``folder``, tensor by tensor, with ``provenance.json`` beside it."""
+    write_safetensors(folder / f"{_STEM}.safetensors", tensors.items())
+    write_document(folder / CONFIG_FILE, config)
+    write_document(folder / "provenance.json", provenance)
+
+
+def write_document(path: Path, document: Mapping[str, Any]) -> None:
+    """A JSON file, whole or not at all."""
+    write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``folder`` when the block ends, or nothing if it raises."""
+    if folder.exists():
+        raise UserError(f"{folder} already exists; name another output folder or remove it first")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}") from None
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp's is private
+        temporary.rename(folder)
+        sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

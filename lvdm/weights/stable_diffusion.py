@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from lvdm.errors import UserError
-from lvdm.weights.foreign import Renamed, check_names, open_tensors, read_json
+from lvdm.weights.foreign import CONFIG_FILE, Renamed, check_names, new_folder, open_tensors, write_model
+from lvdm.weights.native import read_json
 
+CLASS = "UNet2DConditionModel"
 COMPVIS_PREFIX = "model.diffusion_model."
 
 # Our name of a module, CompVis' and diffusers'.
@@ -60,7 +62,7 @@ _HEADS = 8  # Stable Diffusion 1.x's, which CompVis' layout does not tell, as th
 _NORM_GROUPS = 32
 
 _FIXED: dict[str, Any] = {
-    "_class_name": "UNet2DConditionModel",
+    "_class_name": CLASS,
     "act_fn": "silu",
     "addition_embed_type": None,
     "center_input_sample": False,
@@ -97,10 +99,15 @@ class Inflation:
     """Our names of those that the 2-D model gave."""
     new: tuple[str, ...]
     """Our names of temporal attention's, which come from the seed."""
+    left_out: tuple[str, ...]
+    """Their names of what a file holds beside the UNet."""
 
     def report(self) -> str:
         """One line on what was taken."""
-        return f"{len(self.taken)} tensors taken, {len(self.new)} new (temporal attention, whose output starts at zero)"
+        new = f"{len(self.new)} new (temporal attention, whose output starts at zero)"
+        parts = sorted({name.split(".")[0] for name in self.left_out})
+        left_out = f", {len(self.left_out)} left out ({', '.join(parts[:4])})" if parts else ""
+        return f"{len(self.taken)} tensors taken, {new}{left_out}"
 
 
 def inflate(path: str | Path, *, temporal_length: int = 16, relative_position: bool = True, seed: int = 0) -> Inflation:
@@ -118,21 +125,22 @@ def inflate(path: str | Path, *, temporal_length: int = 16, relative_position: b
     given = open_tensors(path)
     temporal = {"temporal_length": temporal_length, "relative_position": relative_position, "norm_over": "frame"}
     if path.is_dir():
-        model = diffusers_config(read_json(path / "config.json"), str(path / "config.json")) | temporal
+        model = diffusers_config(read_json(path / CONFIG_FILE), str(path / CONFIG_FILE)) | temporal
         names = {ours: theirs for ours, _, theirs in tensor_names(model)}
-        layout = "UNet2DConditionModel"
+        layout, left_out = CLASS, ()
     else:
         inside = {name.removeprefix(COMPVIS_PREFIX): name for name in given if name.startswith(COMPVIS_PREFIX)}
+        left_out = tuple(name for name in given if inside and not name.startswith(COMPVIS_PREFIX))
         given = Renamed(given, inside or {name: name for name in given}, lambda _, tensor: tensor)
         model = compvis_config(given, str(path)) | temporal
         names = {ours: theirs for ours, theirs, _ in tensor_names(model)}
         layout = "Stable Diffusion 1.x UNet"
     check_names(given, names.values(), str(path), layout)
-    taken = Renamed(given, names, _linear)
+    taken = Renamed(given, names, lambda name, tensor: _linear(names[name], tensor) if _is_projection(name) else tensor)
     query = ".attn_space.to_q.weight"
     widths = {name.removesuffix(query): len(taken[name]) for name in taken if name.endswith(query)}
     new = _Temporal(model, widths, seed)
-    return Inflation(model, _Both(taken, new), tuple(taken), tuple(new))
+    return Inflation(model, _Both(taken, new), tuple(taken), tuple(new), left_out)
 
 
 def deflate(model: Mapping[str, Any], tensors: Mapping[str, Tensor], layout: str) -> Mapping[str, Tensor]:
@@ -143,6 +151,8 @@ def deflate(model: Mapping[str, Any], tensors: Mapping[str, Tensor], layout: str
     """
     if model.get("kind") != "text_unet" or layout not in ("compvis", "diffusers"):
         raise UserError(f"only a text_unet has a 2-D part, in the layout compvis or diffusers; not {model.get('kind')}")
+    if model["transformer_depth"] != 1:
+        raise UserError(f"Stable Diffusion 1.x has transformers of depth 1, the model of {model['transformer_depth']}")
     theirs = {
         (COMPVIS_PREFIX + compvis if layout == "compvis" else diffusers): ours
         for ours, compvis, diffusers in tensor_names(model)
@@ -151,6 +161,51 @@ def deflate(model: Mapping[str, Any], tensors: Mapping[str, Tensor], layout: str
     return Renamed(
         tensors, theirs, lambda name, tensor: _convolution(tensor) if _is_projection(theirs[name]) else tensor
     )
+
+
+def write_unet2d(
+    folder: str | Path,
+    model: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    provenance: Mapping[str, Any],
+    sample_size: int = 64,
+) -> None:
+    """Write the 2-D part of a ``text_unet`` as a folder for ``UNet2DConditionModel.from_pretrained``.
+
+    Args:
+        provenance: where the weights are from, into ``provenance.json``.
+    Raises:
+        UserError: ``folder`` exists or cannot be written, or the model has no such part.
+    """
+    theirs = deflate(model, tensors, "diffusers")
+    with new_folder(Path(folder)) as temporary:
+        write_model(temporary, their_config(model, sample_size), theirs, provenance)
+
+
+def their_config(model: Mapping[str, Any], sample_size: int) -> dict[str, Any]:
+    """diffusers' ``config.json`` of the 2-D part; ``sample_size`` is the side of its latents."""
+    channels = [model["model_channels"] * multiple for multiple in model["channel_mult"]]
+    attention = [level in set(model["attention_levels"]) for level in range(len(channels))]
+    return {
+        **_FIXED,
+        "_diffusers_version": "0.33.1",
+        "sample_size": sample_size,
+        "in_channels": model["latent_channels"],
+        "out_channels": model["latent_channels"],
+        "down_block_types": ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attention],
+        "up_block_types": ["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)],
+        "block_out_channels": channels,
+        "layers_per_block": model["res_blocks"],
+        "norm_num_groups": model["norm_groups"],
+        "cross_attention_dim": model["context_dim"],
+        "attention_head_dim": model["heads"],
+    }
+
+
+def is_compvis(given: Mapping[str, Tensor]) -> bool:
+    """Whether a file's tensors look like CompVis' layout of a 2-D UNet: LVDM's kernels have three axes."""
+    ends = [f"{prefix}{end}.weight" for prefix in (COMPVIS_PREFIX, "") for end in ("input_blocks.0.0", "out.2")]
+    return any(name in given and given[name].ndim == 4 for name in ends)
 
 
 def tensor_names(model: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -347,8 +402,10 @@ def _is_projection(name: str) -> bool:
     return name.endswith((".transformer.proj_in.weight", ".transformer.proj_out.weight"))
 
 
-def _linear(name: str, tensor: Tensor) -> Tensor:
-    return tensor.flatten(1) if _is_projection(name) else tensor
+def _linear(name: str, kernel: Tensor) -> Tensor:
+    if tuple(kernel.shape[2:]) != (1, 1):
+        raise UserError(f"tensor {name} is of another shape: {list(kernel.shape)} is no convolution of one pixel")
+    return kernel.flatten(1)
 
 
 def _convolution(matrix: Tensor) -> Tensor:
