@@ -44,6 +44,8 @@ VAE_FOLDER = "vae"
 """Where an export carries its own autoencoder."""
 TEXT_FOLDER = "text_encoder"
 """Where an import carries the text encoder that came with it."""
+TOKENIZER_FOLDER = "tokenizer"
+"""Where the tokenizer of that text encoder is."""
 _UNETS: dict[str, type[TextUNetConfig] | type[ModelScopeUNetConfig]] = {
     "text_unet": TextUNetConfig,
     "modelscope_unet": ModelScopeUNetConfig,
@@ -208,6 +210,11 @@ def load(folder: str | Path, device: str | torch.device = "", dtype: torch.dtype
     kind = tree["model"].get("kind")
     if kind not in _UNETS:
         raise UserError(f"{folder} holds a {kind}; sampling needs one of {', '.join(_UNETS)}")
+    if not tree.get("training"):
+        raise UserError(
+            f"{folder} was imported without the models to sample with ({VAE_FOLDER}, {TEXT_FOLDER}, "
+            f"{TOKENIZER_FOLDER}); import the whole pipeline, or train from it with run.init_from"
+        )
     config = parse_training_config(tree["training"], source=str(folder))
     assert isinstance(config, LatentDiffusionTraining)
     facts = tree["facts"]

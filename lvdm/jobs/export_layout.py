@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +20,37 @@ from lvdm.weights.conversion import LazyTensor, Mismatch, Source
 from lvdm.weights.layouts import LAYOUTS
 from lvdm.weights.native import CONFIG_FILE, Weights, read_json, read_model
 from lvdm.weights.torch_file import write_torch_file
+
+
+class Exportable(NamedTuple):
+    """A model of ours to be handed to another code base."""
+
+    main: Source
+    """The network; of a run with averaged weights."""
+    live: Source | None
+    """Of a run, the network with its live weights."""
+    training: Mapping[str, Any]
+    """The training config; empty where there is none."""
+    facts: Mapping[str, Any]
+    """What the run or the import knew of its data."""
+    provenance: Mapping[str, Any]
+    """Where it is from."""
+    updates: int
+    """Optimiser steps that were averaged."""
+
+
+def open_source(source: Path) -> Exportable:
+    """A run's newest checkpoint, or an exported folder. Raises `UserError`."""
+    if (source / CONFIG_FILE).is_file():
+        document, weights = read_model(source)
+        main, origin = Source(document["model"], _lazy(weights)), document.get("provenance") or {}
+        return Exportable(main, None, document.get("training") or {}, document.get("facts") or {}, origin, 0)
+    checkpoint = open_checkpoint(source)
+    manifest = checkpoint.manifest
+    model = manifest.config["model"]
+    main, live = (Source(model, _fragments(checkpoint, kind)) for kind in ("ema", "master"))
+    origin = {"checkpoint": str(checkpoint.folder), "step": manifest.step, "written_by": manifest.written_by}
+    return Exportable(main, live, manifest.config, manifest.facts, origin, manifest.step)
 
 
 def export_layout(
@@ -42,26 +73,18 @@ def export_layout(
     if target.exists():
         raise UserError(f"{target} already exists; name another file or remove it first")
     rest: dict[str, LazyTensor] = {}
-    if (source / CONFIG_FILE).is_file():
-        document, weights = read_model(source)
-        main, live = Source(document["model"], _lazy(weights)), None
-        training, updates = document.get("training") or {}, 0
-        if (source / REST_FILE).is_file() and document.get("provenance", {}).get("layout") == layout:
-            rest = _lazy(Weights(source / REST_FILE))
-    else:
-        checkpoint = open_checkpoint(source)
-        training, updates = checkpoint.manifest.config, checkpoint.manifest.step
-        main = Source(training["model"], _fragments(checkpoint, "ema"))
-        live = Source(training["model"], _fragments(checkpoint, "master"))
-    sources = {"": main, **_frozen(source, training)}
-    diffusion = parse_config(DiffusionConfig, training.get("diffusion", {}), source=str(source))
+    ours = open_source(source)
+    if (source / REST_FILE).is_file() and ours.provenance.get("layout") == layout:
+        rest = _lazy(Weights(source / REST_FILE))
+    frozen = {name: _read(folder) for name, folder in frozen_folders(source, ours.training).items()}
+    diffusion = parse_config(DiffusionConfig, ours.training.get("diffusion", {}), source=str(source))
     facts = {
         "tables": build_schedule(diffusion).tables(),
-        "ema_decay": training.get("optim", {}).get("ema_decay", 0.9999),
-        "updates": updates,
+        "ema_decay": ours.training.get("optim", {}).get("ema_decay", 0.9999),
+        "updates": ours.updates,
     }
     try:
-        tensors = LAYOUTS[layout].from_ours(sources, live, rest, facts)
+        tensors = LAYOUTS[layout].from_ours({"": ours.main, **frozen}, ours.live, rest, facts)
     except Mismatch as fault:
         raise UserError(f"cannot export {source} as {layout}: {fault}") from None
     try:
@@ -89,8 +112,8 @@ def _fragments(checkpoint: Checkpoint, kind: str) -> dict[str, LazyTensor]:
     }
 
 
-def _frozen(source: Path, training: Mapping[str, Any]) -> dict[str, Source]:
-    """The frozen models: those in the folder, or else those that the training config names."""
+def frozen_folders(source: Path, training: Mapping[str, Any]) -> dict[str, Path]:
+    """The frozen models: those in the folder, or else those that the training config names. Raises `UserError`."""
     found = {}
     vae, text = training.get("vae") or {}, training.get("text") or {}
     if (source / VAE_FOLDER).is_dir():
@@ -103,7 +126,7 @@ def _frozen(source: Path, training: Mapping[str, Any]) -> dict[str, Source]:
         found[TEXT_FOLDER] = source / TEXT_FOLDER
     elif text:
         found[TEXT_FOLDER] = _named(text, "model")
-    return {name: _read(folder) for name, folder in found.items()}
+    return found
 
 
 def _named(config: Mapping[str, Any], stem: str) -> Path:

@@ -179,7 +179,7 @@ def load_text_encoder(config: TextEncoderConfig, device: torch.device | str, dty
         UserError: there is none, it has only pickled weights, or it takes fewer tokens than ``max_length``.
     """
     files_wanted = _within(config.subfolder, _TRANSFORMERS_FILES)
-    files_wanted += _within("tokenizer" if config.subfolder else "", _TOKENIZER_FILES)
+    files_wanted += _within("tokenizer" if config.subfolder else "", TOKENIZER_FILES)
     folder = find_model(config.name, config.subfolder, files_wanted)
     files = weight_files(folder, "model")
     import transformers
@@ -222,7 +222,7 @@ _TRANSFORMERS_FILES = (
     "model.safetensors.index.json",
     "model-*-of-*.safetensors",
 )
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",

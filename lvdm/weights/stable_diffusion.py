@@ -123,11 +123,12 @@ def inflate(path: str | Path, *, temporal_length: int = 16, relative_position: b
     """
     path = Path(path)
     given = open_tensors(path)
+    left_out: tuple[str, ...] = ()
     temporal = {"temporal_length": temporal_length, "relative_position": relative_position, "norm_over": "frame"}
     if path.is_dir():
         model = diffusers_config(read_json(path / CONFIG_FILE), str(path / CONFIG_FILE)) | temporal
         names = {ours: theirs for ours, _, theirs in tensor_names(model)}
-        layout, left_out = CLASS, ()
+        layout = CLASS
     else:
         inside = {name.removeprefix(COMPVIS_PREFIX): name for name in given if name.startswith(COMPVIS_PREFIX)}
         left_out = tuple(name for name in given if inside and not name.startswith(COMPVIS_PREFIX))
@@ -157,7 +158,7 @@ def deflate(model: Mapping[str, Any], tensors: Mapping[str, Tensor], layout: str
         (COMPVIS_PREFIX + compvis if layout == "compvis" else diffusers): ours
         for ours, compvis, diffusers in tensor_names(model)
     }
-    check_names((name for name in tensors if not _is_temporal(name)), theirs.values(), "the model", "text_unet")
+    check_names([name for name in tensors if not _is_temporal(name)], theirs.values(), "the model", "text_unet")
     return Renamed(
         tensors, theirs, lambda name, tensor: _convolution(tensor) if _is_projection(theirs[name]) else tensor
     )
