@@ -9,7 +9,14 @@ from pydantic import Field, model_validator
 from lvdm.config.base import NonNegativeInt, PositiveInt, Section
 
 
-class VideoAutoencoderConfig(Section):
+class ModelSection(Section):
+    """What every network has."""
+
+    trainable: tuple[str, ...] = ()
+    """Shell patterns of the names of parameters that learn, such as ``*attn_time*``; the rest is frozen. Empty: all."""
+
+
+class VideoAutoencoderConfig(ModelSection):
     """LVDM's 3-D convolutional autoencoder (``lvdm/models/video_autoencoder.py``)."""
 
     kind: Literal["video_autoencoder"] = "video_autoencoder"
@@ -34,7 +41,7 @@ class VideoAutoencoderConfig(Section):
         return self
 
 
-class TextUNetConfig(Section):
+class TextUNetConfig(ModelSection):
     """LVDM's text-to-video UNet: Stable Diffusion's shape plus temporal attention (``lvdm/models/unet_text.py``)."""
 
     kind: Literal["text_unet"] = "text_unet"
@@ -75,7 +82,7 @@ class TextUNetConfig(Section):
         return self
 
 
-class SpaceTimeUNetConfig(Section):
+class SpaceTimeUNetConfig(ModelSection):
     """LVDM's UNet without text: attention over space, then time, and adaptive norms (``lvdm/models/unet_st.py``)."""
 
     kind: Literal["space_time_unet"] = "space_time_unet"
@@ -106,6 +113,11 @@ class SpaceTimeUNetConfig(Section):
     noise_levels: NonNegativeInt = 0
     """Labels of the noise level of given frames, embedded like the time; the last one means none. 0: no labels."""
 
+    @property
+    def halvings(self) -> int:
+        """How often height and width are halved on the way down."""
+        return len(self.channel_mult) - 1
+
     @model_validator(mode="after")
     def _fits(self) -> SpaceTimeUNetConfig:
         _check_levels(self)
@@ -128,7 +140,7 @@ def _check_levels(model: TextUNetConfig | SpaceTimeUNetConfig) -> None:
         )
 
 
-class ModelScopeUNetConfig(Section):
+class ModelScopeUNetConfig(ModelSection):
     """ModelScope's text-to-video UNet, diffusers' UNet3DConditionModel (``lvdm/models/unet_modelscope.py``)."""
 
     kind: Literal["modelscope_unet"] = "modelscope_unet"

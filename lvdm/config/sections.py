@@ -22,7 +22,9 @@ class RunConfig(Section):
     resume: Literal["never", "auto", "must"] = "never"
     """What to do with a run that the folder already holds: refuse it, go on if there is one, or demand one."""
     init_from: str = ""
-    """Exported folder whose weights start this run (all names and shapes must fit); empty for none."""
+    """Exported or imported folder whose weights start this run; empty for none."""
+    init_strict: bool = True
+    """Whether all names and shapes of ``init_from`` must fit; if not, what fits is taken and the rest is reported."""
     steps: PositiveInt
     """Length of the run in optimiser steps."""
     log_every: PositiveInt = 10

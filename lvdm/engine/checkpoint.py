@@ -7,7 +7,8 @@
         rank-00001.safetensors
         manifest.json              sizes and SHA-256 of the files, shapes of the parameters, the clock
 
-KIND is ``master`` (fp32 weights), ``exp_avg``, ``exp_avg_sq`` or ``ema``; START is the piece's first element in the
+KIND is ``master`` (fp32 weights), ``exp_avg``, ``exp_avg_sq`` or ``ema``, or ``frozen`` for the whole of a parameter
+that does not learn; START is the piece's first element in the
 flattened parameter. Pieces are addressed by name and place, so any number of ranks in any ZeRO stage reads what any
 other wrote, and nothing is ever unpickled. Reading needs neither DeepSpeed nor a process group.
 """
@@ -32,6 +33,7 @@ from lvdm.storage import sha256_of, sync, write_text
 FORMAT = "lvdm-checkpoint"
 VERSION = 1
 MANIFEST = "manifest.json"
+FROZEN = "frozen"
 LATEST = "latest"
 
 
@@ -56,7 +58,9 @@ class Manifest:
     written_by: dict[str, Any]
     """Ranks, stage, precision and versions."""
     shapes: dict[str, tuple[int, ...]]
-    """Full shape of every trainable parameter."""
+    """Full shape of every parameter."""
+    frozen: list[str]
+    """Parameters that do not learn: stored once, and no different in any kind."""
     files: dict[str, dict[str, Any]]
     """``size`` in bytes and ``sha256`` of every file."""
 
@@ -112,9 +116,11 @@ class Checkpoint:
         return out
 
     def parameter(self, kind: str, name: str) -> torch.Tensor:
-        """The whole parameter ``name`` in its shape, fp32."""
+        """The whole parameter ``name`` in its shape, fp32; of a frozen one its weights, whatever ``kind``."""
         shape = self.manifest.shapes[name]
-        return self.read(kind, name, 0, torch.Size(shape).numel()).reshape(shape)
+        return self.read(FROZEN if name in self.manifest.frozen else kind, name, 0, torch.Size(shape).numel()).reshape(
+            shape
+        )
 
     def _file(self, name: str) -> Any:
         if name not in self._open:

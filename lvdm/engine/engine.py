@@ -45,7 +45,13 @@ class Engine:
         self.record = deepspeed_config(config, batch, optim, ranks.world, on_gpu)
         # DeepSpeed makes its fp32 masters from weights it has already rounded to bf16; these are put back below.
         exact = {name: p.detach().clone() for name, p in module.named_parameters()} if on_bf16 else {}
-        self._adamw = AdamWWithEMA(module.parameters(), optim, fused=on_gpu and not config.offload_optimizer)
+        learning = [param for param in module.parameters() if param.requires_grad]
+        self.frozen_names = [name for name, param in module.named_parameters() if not param.requires_grad]
+        """Parameters that do not learn."""
+        # Kept aside on the rank that stores them, since ZeRO-3 will cut them up.
+        stored = self.frozen_names if ranks.is_main else []
+        self._frozen = {name: module.get_parameter(name).detach().float().cpu().clone() for name in stored}
+        self._adamw = AdamWWithEMA(learning, optim, fused=on_gpu and not config.offload_optimizer)
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=module, optimizer=self._adamw, config=self.record, dist_init_required=False
         )
@@ -109,7 +115,7 @@ class Engine:
     # State as named fragments: what checkpoints read and write.
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Full shape of every trainable parameter."""
+        """Full shape of every parameter."""
         return fragments.shapes(self.module)
 
     def fragments(self) -> list[Fragment]:
@@ -120,6 +126,10 @@ class Engine:
         """Views of the fp32 master, both moments and the average of a fragment, by the name of their kind."""
         state = self._adamw.state[fragment.master]
         return {"master": fragment.of(fragment.master)} | {key: fragment.of(state[key]) for key in STATE_KEYS}
+
+    def frozen(self) -> dict[str, torch.Tensor]:
+        """What this rank stores of the parameters that do not learn: on the main rank all of them, fp32."""
+        return self._frozen
 
     @property
     def optimizer_step(self) -> int:

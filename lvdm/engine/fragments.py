@@ -83,12 +83,8 @@ def clear_padding(flats: Iterable[torch.Tensor], pieces: Sequence[Fragment]) -> 
 
 
 def shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    """Full shape of every trainable parameter, also where ZeRO-3 has partitioned it."""
-    return {
-        name: tuple(getattr(param, "ds_shape", param.shape))
-        for name, param in module.named_parameters()
-        if param.requires_grad
-    }
+    """Full shape of every parameter, also where ZeRO-3 has partitioned it."""
+    return {name: tuple(getattr(param, "ds_shape", param.shape)) for name, param in module.named_parameters()}
 
 
 def publish_masters(optimizer: Any) -> None:

@@ -48,6 +48,7 @@ def save(
         for fragment in engine.fragments()
         for kind, tensor in engine.tensors(fragment).items()
     }
+    tensors |= {files.piece_key(files.FROZEN, 0, name): tensor.flatten() for name, tensor in engine.frozen().items()}
     entries, message = None, ""
     try:
         entries = files.write_rank_file(partial, ranks.rank, tensors)
@@ -76,6 +77,7 @@ def save(
                 "deepspeed": deepspeed.__version__,
             },
             shapes=engine.shapes(),
+            frozen=engine.frozen_names,
             files={item["entry"].pop("name"): item["entry"] for item in gathered},
         )
         try:
@@ -112,13 +114,28 @@ def find_newest(root: Path, ranks: distributed.Ranks) -> tuple[Checkpoint | None
     return None, []
 
 
+def restore_frozen(module: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """Load the parameters that do not learn, before an engine takes the module.
+
+    Raises:
+        UserError: the checkpoint is of another model, or others of its parameters learnt.
+    """
+    manifest, source = checkpoint.manifest, str(checkpoint.folder)
+    files.check_shapes(manifest.shapes, {name: tuple(p.shape) for name, p in module.named_parameters()}, source)
+    frozen = {name for name, param in module.named_parameters() if not param.requires_grad}
+    if frozen != set(manifest.frozen):
+        raise UserError(f"in {source} other parameters learnt than model.trainable says; start a new run")
+    with torch.no_grad():
+        for name in manifest.frozen:
+            module.get_parameter(name).copy_(checkpoint.parameter(files.FROZEN, name))
+
+
 def restore(engine: Engine, checkpoint: Checkpoint) -> None:
     """Load masters, moments and averages into ``engine`` (collective), whatever ranks and stage wrote them.
 
     Raises:
-        UserError: the checkpoint is of another model, or lacks a part of it.
+        UserError: the checkpoint lacks a part.
     """
-    files.check_shapes(checkpoint.manifest.shapes, engine.shapes(), str(checkpoint.folder))
 
     def read() -> None:
         for fragment in engine.fragments():

@@ -21,7 +21,7 @@ def build_model(config: ModelConfig, seed: int) -> Model:
 
     Under ``torch.device("meta")`` the model has shapes but no storage.
     """
-    fields = config.model_dump(exclude={"kind"})
+    fields = config.model_dump(exclude={"kind", "trainable"})
     with torch.random.fork_rng(devices=[]):
         # torch's CPU generator keeps 32 bits of a seed, so all 64 are mixed into them.
         torch.default_generator.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
@@ -36,6 +36,6 @@ def build_model(config: ModelConfig, seed: int) -> Model:
                 return ModelScopeUNet(**fields)
 
 
-def parameter_count(module: nn.Module) -> int:
-    """Number of weights, each shared one counted once."""
-    return sum(parameter.numel() for parameter in module.parameters())
+def parameter_count(module: nn.Module, learning: bool = False) -> int:
+    """Number of weights, each shared one counted once; with ``learning``, of those that are not frozen."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad or not learning)

@@ -21,12 +21,14 @@ from lvdm.data.batch import Replacement
 from lvdm.data.index import open_index
 from lvdm.data.loader import build_loader, build_validation_loader
 from lvdm.engine import distributed, saving, signals
+from lvdm.engine.checkpoint import Checkpoint
 from lvdm.engine.distributed import Ranks, gather_json, on_any_rank, together
 from lvdm.engine.engine import Engine
 from lvdm.engine.optim import learning_rate
 from lvdm.errors import Requeue, UserError
 from lvdm.models.build import parameter_count
 from lvdm.models.remat import checkpoint_blocks
+from lvdm.models.trainable import freeze_all_but
 from lvdm.train.autoencoder import AutoencoderTask
 from lvdm.train.latent_diffusion import LatentDiffusionTask
 from lvdm.train.metrics import Means, MetricsWriter, memory_gb
@@ -70,14 +72,16 @@ def train(config: AnyTraining, stop: signals.StopRequest) -> None:
 
 def _train(config: AnyTraining, run: RunFolder, changes: list[str], ranks: Ranks, stop: signals.StopRequest) -> None:
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-    task = together(lambda: _build_task(config, ranks.device, dtype), ranks.device)
+    found, faults = saving.find_newest(run.checkpoints, ranks)
+    task, taken = together(lambda: _build_task(config, ranks.device, dtype, found), ranks.device)
     size = f"{parameter_count(task.model) / 1e6:.2f} M parameters"
+    if config.model.trainable:
+        size += f", of which {parameter_count(task.model, learning=True) / 1e6:.2f} M learn"
     if config.engine.activation_checkpointing:
         checkpoint_blocks(task.model.remat_blocks())
     engine = Engine(task.model.to(ranks.device), config.engine, config.batch, config.optim, ranks)
 
     clock = Clock()
-    found, faults = saving.find_newest(run.checkpoints, ranks)
     if found is not None:
         saving.restore(engine, found)
         clock = Clock(**found.manifest.clock)
@@ -88,7 +92,9 @@ def _train(config: AnyTraining, run: RunFolder, changes: list[str], ranks: Ranks
 
     if ranks.is_main:
         run.claim(ranks.world)
-        _announce(config, run, size, ranks, clock, faults, changes)
+        notes = [f"damaged checkpoint passed over: {fault}" for fault in faults]
+        notes += [f"changed on resume: {change}" for change in changes]
+        _announce(config, run, size, ranks, clock, [*notes, *taken])
     writer = MetricsWriter(run.log, run.tensorboard, run.images, enabled=ranks.is_main, from_step=clock.step)
     means = Means(ranks.device)
     speed = Speedometer(clock.samples)
@@ -144,16 +150,23 @@ def _train(config: AnyTraining, run: RunFolder, changes: list[str], ranks: Ranks
     writer.close()
 
 
-def _build_task(config: AnyTraining, device: torch.device, dtype: torch.dtype) -> Task:
+def _build_task(
+    config: AnyTraining, device: torch.device, dtype: torch.dtype, found: Checkpoint | None
+) -> tuple[Task, list[str]]:
+    """The task with the weights it starts from, those that learn left to `saving.restore`, and what to say of it."""
     task: Task
     match config:
         case AutoencoderTraining():
             task = AutoencoderTask(config, device, dtype)
         case LatentDiffusionTraining():
             task = LatentDiffusionTask(config, device, dtype)
-    if config.run.init_from:
-        load_into(task.model, config.run.init_from)
-    return task
+    freeze_all_but(task.model, config.model.trainable)
+    if found is not None:
+        saving.restore_frozen(task.model, found)
+        return task, []
+    if not config.run.init_from:
+        return task, []
+    return task, load_into(task.model, config.run.init_from, strict=config.run.init_strict)
 
 
 def _open_loader(config: AnyTraining, ranks: Ranks, clock: Clock) -> Iterator[Any]:
@@ -277,13 +290,9 @@ class Speedometer:
         self._since += time.perf_counter() - begin
 
 
-def _announce(
-    config: AnyTraining, run: RunFolder, size: str, ranks: Ranks, clock: Clock, faults: list[str], changes: list[str]
-) -> None:
-    for fault in faults:
-        print(f"damaged checkpoint passed over: {fault}", flush=True)
-    for change in changes:
-        print(f"changed on resume: {change}", flush=True)
+def _announce(config: AnyTraining, run: RunFolder, size: str, ranks: Ranks, clock: Clock, notes: list[str]) -> None:
+    for note in notes:
+        print(note, flush=True)
     origin = f"going on at step {clock.step}" if clock.step else "new run"
     print(
         f"{run.path}: {origin}; {config.model.kind} of {size}; {config.run.steps} steps of {config.batch.size} "

@@ -171,21 +171,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def load_into(module: nn.Module, folder: str | Path) -> None:
+def load_into(module: nn.Module, folder: str | Path, strict: bool = True) -> list[str]:
     """Copy the weights of an exported folder into ``module``, cast to its types.
 
+    Args:
+        strict: whether every name and shape must fit; if not, what fits is copied.
+    Returns:
+        What was not taken, in words; nothing where all fits.
     Raises:
-        UserError: names missing, unexpected and misshaped tensors. Nothing was copied then.
+        UserError: names missing, unexpected and misshaped tensors, or nothing fits. Nothing was copied then.
     """
     _, weights = read_model(folder)
-    copy_weights(module, weights, source=str(folder))
+    return copy_weights(module, weights, source=str(folder), strict=strict)
 
 
-def copy_weights(module: nn.Module, weights: Weights, source: str) -> None:
+def copy_weights(module: nn.Module, weights: Weights, source: str, strict: bool = True) -> list[str]:
     """As `load_into`, from weights already open; ``source`` names them in the error."""
     own = module.state_dict()
     assert not any(tensor.is_meta for tensor in own.values()), "the module needs storage: module.to_empty(device=...)"
     given = weights.shapes()
+    fitting = [name for name in own if given.get(name) == tuple(own[name].shape)]
     faults = {
         "missing": [name for name in own if name not in given],
         "unexpected": [name for name in given if name not in own],
@@ -195,12 +200,13 @@ def copy_weights(module: nn.Module, weights: Weights, source: str) -> None:
             if name in given and given[name] != tuple(own[name].shape)
         ],
     }
-    if any(faults.values()):
-        parts = [f"{len(names)} {fault} ({_some(names)})" for fault, names in faults.items() if names]
+    parts = [f"{len(names)} {fault} ({_some(names)})" for fault, names in faults.items() if names]
+    if parts and (strict or not fitting):
         raise UserError(f"the weights in {source} are of another model: tensors {', '.join(parts)}")
     with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(weights[name])
+        for name in fitting:
+            own[name].copy_(weights[name])
+    return [f"{source}: {len(fitting)} of {len(own)} tensors taken; {', '.join(parts)}"] if parts else []
 
 
 def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -40,7 +40,7 @@ def write(root: Path, step: int = 1, cuts: tuple[int, ...] = (0, 5, 12)) -> Path
         entry = write_rank_file(partial, rank, pieces)
         files[entry.pop("name")] = entry
     shapes = {"block.weight": (3, 4), "bias": (5,)}
-    publish(partial, final, Manifest(step, step, {"step": step}, {}, {}, {}, shapes, files))
+    publish(partial, final, Manifest(step, step, {"step": step}, {}, {}, {}, shapes, [], files))
     return final
 
 
