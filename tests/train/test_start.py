@@ -23,6 +23,9 @@ def test_frozen_parameters_stay_and_travel_with_checkpoints_and_exports(toy: Toy
     start = tmp_path / "start"
     config = parse_training_config(toy.diffusion(straight), source="test")
     model = build_model(config.model, seed=9)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():  # new, its last layers are zero, and nothing before them would learn
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     save_model(start, model.state_dict(), {"model": config.model.model_dump(mode="json")})
     changes = {"run__init_from": str(start), "model__trainable": ["*attn_time*", "*norm_time*"]}
     said = run_ranks(run, 1, toy.diffusion(straight, run__steps=4, engine__zero_stage=1, **changes))
