@@ -1,4 +1,4 @@
-"""Every foreign layout that `tools/import_checkpoint.py` reads and `tools/export_checkpoint.py` writes."""
+"""The foreign layouts that are one file of LVDM; folders of diffusers and Stable Diffusion's UNet are read beside them."""
 
 from __future__ import annotations
 
