@@ -1,4 +1,4 @@
-"""The foreign layouts that are one file of LVDM; folders of diffusers and Stable Diffusion's UNet are read beside them."""
+"""The foreign layouts that are one file of LVDM; those of diffusers and Stable Diffusion are read beside them."""
 
 from __future__ import annotations
 
