@@ -17,6 +17,7 @@ from lvdm.config import (
     LatentDiffusionTraining,
     ModelScopeUNetConfig,
     OwnVAE,
+    SpaceTimeUNetConfig,
     TextUNetConfig,
     VAEConfig,
     VideoAutoencoderConfig,
@@ -46,9 +47,10 @@ TEXT_FOLDER = "text_encoder"
 """Where an import carries the text encoder that came with it."""
 TOKENIZER_FOLDER = "tokenizer"
 """Where the tokenizer of that text encoder is."""
-_UNETS: dict[str, type[TextUNetConfig] | type[ModelScopeUNetConfig]] = {
+_UNETS: dict[str, type[TextUNetConfig] | type[ModelScopeUNetConfig] | type[SpaceTimeUNetConfig]] = {
     "text_unet": TextUNetConfig,
     "modelscope_unet": ModelScopeUNetConfig,
+    "space_time_unet": SpaceTimeUNetConfig,
 }
 
 
@@ -106,15 +108,15 @@ def load_vae(
     return OwnFrozenVAE(model.to(device, dtype), scale=scale, shift=shift, fingerprint=sha256_of(weights))
 
 
-class TextToVideo:
-    """A text-to-video model with its autoencoder and text encoder."""
+class VideoModel:
+    """A model that makes videos, with its autoencoder and, if it reads text, its text encoder."""
 
     def __init__(
         self,
         config: LatentDiffusionTraining,
         network: torch.nn.Module,
         vae: FrozenVAE,
-        text: FrozenTextEncoder,
+        text: FrozenTextEncoder | None,
         latent_shape: tuple[int, ...],
         device: torch.device,
         dtype: torch.dtype,
@@ -144,11 +146,11 @@ class TextToVideo:
         """Sample one clip a prompt.
 
         Args:
-            prompts: captions.
+            prompts: captions; empty ones for a model that reads no text.
             seeds: one a prompt; a clip depends on its own prompt and seed alone, up to rounding.
             negative_prompts: what guidance leads away from; empty captions by default.
             steps: sampler steps.
-            guidance: classifier-free guidance scale, 1 for none.
+            guidance: classifier-free guidance scale, 1 for none; a model that reads no text has none.
             sampler: see `lvdm.diffusion.samplers.sample`.
             eta: noise of DDIM, 0 (deterministic) to 1.
             batch: clips sampled at once.
@@ -156,8 +158,11 @@ class TextToVideo:
         Returns:
             uint8 ``BTHWC`` on the CPU.
         Raises:
-            UserError: the sampler, its steps or eta do not fit the model, or the numbers of prompts and seeds differ.
+            UserError: the sampler, its steps or eta do not fit the model, there is a caption for a model that reads
+                none, or the numbers of prompts and seeds differ.
         """
+        if self.text is None and any([*prompts, *(negative_prompts or [])]):
+            raise UserError("this model was trained without text, so it takes no captions")
         check_sampling(self.config.diffusion, sampler, steps, eta)
         if len(seeds) != len(prompts):
             raise UserError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}")
@@ -170,7 +175,10 @@ class TextToVideo:
         for number, start in enumerate(starts):
             part = slice(start, start + batch)
             denoise = classifier_free_guidance(
-                denoiser, self._condition(prompts[part]), self._condition(negatives[part]), scale=guidance
+                denoiser,
+                self._condition(prompts[part]),
+                self._condition(negatives[part]),
+                scale=guidance if self.text else 1.0,
             )
 
             def report(done: int, total: int, number: int = number) -> None:
@@ -191,12 +199,14 @@ class TextToVideo:
         return torch.cat(clips)
 
     def _condition(self, captions: Sequence[str]) -> dict[str, torch.Tensor | None]:
+        if self.text is None:
+            return {}
         states, mask = self.text.encode(list(captions))
         return {"text_BLD": states, "text_mask_BL": mask if self.text.mask_padding else None}
 
 
-def load(folder: str | Path, device: str | torch.device = "", dtype: torch.dtype = torch.float32) -> TextToVideo:
-    """Load an exported text-to-video folder.
+def load(folder: str | Path, device: str | torch.device = "", dtype: torch.dtype = torch.float32) -> VideoModel:
+    """Load an exported folder to sample from.
 
     Args:
         folder: written by ``tools/export_checkpoint.py``.
@@ -220,15 +230,18 @@ def load(folder: str | Path, device: str | torch.device = "", dtype: torch.dtype
     facts = tree["facts"]
     network = build_model(parse_config(_UNETS[kind], tree["model"], source=str(folder)), seed=0)
     load_into(network, folder)
+    if config.given is not None:
+        raise UserError(
+            f"{folder} holds a model of given frames (prediction, interpolation), which needs some to go on"
+        )
     vae_config, text_config = config.vae, config.text
-    assert text_config is not None
     if (folder / VAE_FOLDER).is_dir():
         own = isinstance(vae_config, OwnVAE)
         place = {"folder": str(folder / VAE_FOLDER)} if own else {"name": str(folder), "subfolder": VAE_FOLDER}
         vae_config = vae_config.model_copy(update=place)
-    if (folder / TEXT_FOLDER).is_dir():
+    if text_config is not None and (folder / TEXT_FOLDER).is_dir():
         text_config = text_config.model_copy(update={"name": str(folder), "subfolder": TEXT_FOLDER})
     vae = load_vae(vae_config, where, dtype, scaling=(facts["scale"], facts["shift"]))
-    text = load_text_encoder(text_config, where, dtype)
+    text = load_text_encoder(text_config, where, dtype) if text_config else None
     network.to(where, dtype).eval()
-    return TextToVideo(config, network, vae, text, tuple(facts["latent_shape"]), where, dtype)
+    return VideoModel(config, network, vae, text, tuple(facts["latent_shape"]), where, dtype)

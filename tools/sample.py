@@ -3,6 +3,8 @@
     python tools/sample.py exports/quickstart out --prompt "a red circle moves left on a blue background" --seed 7
     python tools/sample.py exports/quickstart out --prompts-file captions.txt --sampler dpmpp --steps 20 --guidance 5
 
+    python tools/sample.py exports/short_sky out --clips 8          (a model without text)
+
 Clip i uses seed + i. The same export, prompt, seed and options give the same clip.
 """
 
@@ -25,6 +27,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for the samples, made if missing")
     parser.add_argument("--prompt", action="append", default=[], help="caption; may be given several times")
     parser.add_argument("--prompts-file", type=Path, help="text file with a caption a line")
+    parser.add_argument("--clips", type=int, default=0, help="clips of a model that reads no text")
     parser.add_argument("--negative", default="", help="caption that guidance leads away from")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first clip (0)")
     parser.add_argument("--sampler", default="", help="ddim, ddpm, dpmpp, unipc or flow_euler (ddim; flow: flow_euler)")
@@ -35,7 +38,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="clips sampled at once (8)")
     arguments = parser.parse_args()
     with command_line("sample"):
-        prompts = read_prompts(arguments.prompt, arguments.prompts_file)
+        prompts = (
+            read_prompts(arguments.prompt, arguments.prompts_file) if not arguments.clips else [""] * arguments.clips
+        )
         sample_all(arguments, prompts)
 
 

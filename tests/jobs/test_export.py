@@ -69,3 +69,18 @@ def test_what_is_no_checkpoint_is_one_clear_error_and_leaves_nothing(trained: Pa
     with pytest.raises(UserError, match="names files outside its folder"):
         export_checkpoint(copy, tmp_path / "export")
     assert not (tmp_path / "export").exists()
+
+
+def test_model_without_text_samples_from_seeds_alone(toy: Toy, tmp_path: Path) -> None:
+    tree = toy.diffusion(tmp_path / "run", run__steps=1, data__kind="video")
+    del tree["text"]
+    tree["model"] = {"kind": "space_time_unet", "model_channels": 8, "channel_mult": [1, 2], "res_blocks": 1,
+                     "attention_levels": [1], "heads": 2, "norm_groups": 4}  # fmt: skip
+    run_ranks(run, 1, tree)
+    export_checkpoint(tmp_path / "run", tmp_path / "export")
+    model = load(tmp_path / "export", device="cpu")
+    clips = model.sample(["", ""], seeds=[1, 2], steps=2)
+    assert clips.shape == (2, 4, 16, 16, 3)
+    assert not torch.equal(clips[0], clips[1])
+    with pytest.raises(UserError, match="trained without text, so it takes no captions"):
+        model.sample(["a red circle"], seeds=[1], steps=2)
