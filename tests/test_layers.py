@@ -16,6 +16,7 @@ LEVELS = {
     "models": 1,
     "diffusion": 1,
     "weights": 1,
+    "evaluation": 1,
     "media": 1,
     "engine": 2,
     "inference": 2,

@@ -1,0 +1,1 @@
+"""Scores of sampled videos: Fréchet and kernel distance of I3D features."""
