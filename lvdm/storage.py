@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import fsspec
 from fsspec import AbstractFileSystem
@@ -49,10 +51,39 @@ def atomic_file(url: str) -> Iterator[str]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``folder`` when the block ends, or nothing if it raises.
+
+    Raises:
+        UserError: ``folder`` exists, or cannot be made.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} already exists; name another output folder or remove it first")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}") from None
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp's is private
+        temporary.rename(folder)
+        sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Replace a file by ``text`` so that a reader or a crash sees the old content or the new, never a part."""
     with atomic_file(str(path)) as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, document: Mapping[str, Any]) -> None:
+    """A JSON file, replaced whole as by `write_text`."""
+    write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
 def sha256_of(*paths: str | Path) -> str:

@@ -22,11 +22,11 @@ from lvdm.config import UNetConfig, VideoAutoencoderConfig
 from lvdm.errors import UserError
 from lvdm.inference import TEXT_FOLDER, VAE_FOLDER
 from lvdm.models.build import build_model
-from lvdm.storage import sha256_of
+from lvdm.storage import sha256_of, write_json
 from lvdm.weights.conversion import Component, Contents, Mismatch, Shapes, convert, some
 from lvdm.weights.layouts import identify
 from lvdm.weights.lvdm_release import SCALINGS
-from lvdm.weights.native import CONFIG_FILE, WEIGHTS_FILE, as_document, save_model, write_json, write_safetensors
+from lvdm.weights.native import CONFIG_FILE, WEIGHTS_FILE, as_document, save_model, write_safetensors
 from lvdm.weights.torch_file import read_tensors
 
 REST_FILE = "rest.safetensors"

@@ -31,7 +31,7 @@ from lvdm.models.layers import (
     join_channels,
     zero_init,
 )
-from lvdm.models.unet_text import ResBlock
+from lvdm.models.unet_frames import ResBlock
 
 _IN_HEADS = 8  # of the transformer behind the first convolution, whatever its channels
 

@@ -14,13 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from lvdm.errors import UserError
+from lvdm.storage import new_folder, write_json
 from lvdm.weights.foreign import (
     CONFIG_FILE,
     Renamed,
     check_names,
-    new_folder,
     open_tensors,
-    write_document,
     write_model,
 )
 from lvdm.weights.native import read_json
@@ -253,8 +252,8 @@ def write_pipeline(
             unwanted = ("*.safetensors", "*.bin") if name == "tokenizer" else ("*.bin",)
             shutil.copytree(part, temporary / name, ignore=shutil.ignore_patterns(*unwanted))
         (temporary / "scheduler").mkdir()
-        write_document(temporary / "scheduler" / "scheduler_config.json", scheduler)
-        write_document(temporary / "model_index.json", _PIPELINE)
+        write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
+        write_json(temporary / "model_index.json", _PIPELINE)
 
 
 def scheduler_config(diffusion: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lvdm.errors import UserError
-from lvdm.storage import sync, write_text
+from lvdm.storage import write_json
 from lvdm.weights import conversion
 from lvdm.weights.conversion import Mismatch
 from lvdm.weights.native import Weights, read_json, write_safetensors
@@ -99,30 +95,5 @@ def write_model(
 ) -> None:
     """Put a model of diffusers into ``folder``, tensor by tensor, with ``provenance.json`` beside it."""
     write_safetensors(folder / f"{_STEM}.safetensors", tensors.items())
-    write_document(folder / CONFIG_FILE, config)
-    write_document(folder / "provenance.json", provenance)
-
-
-def write_document(path: Path, document: Mapping[str, Any]) -> None:
-    """A JSON file, whole or not at all."""
-    write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-
-
-@contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``folder`` when the block ends, or nothing if it raises."""
-    if folder.exists():
-        raise UserError(f"{folder} already exists; name another output folder or remove it first")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}") from None
-    try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp's is private
-        temporary.rename(folder)
-        sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    write_json(folder / CONFIG_FILE, config)
+    write_json(folder / "provenance.json", provenance)

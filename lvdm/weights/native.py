@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lvdm.errors import UserError
-from lvdm.storage import sync
+from lvdm.storage import new_folder, write_json
 
 FORMAT = "lvdm"
 VERSION = 1
@@ -93,44 +93,20 @@ def save_model(
     Raises:
         UserError: ``folder`` exists, or cannot be written.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise UserError(f"{folder} already exists; name another output folder or remove it first")
-    document = as_document(config)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}") from None
-    try:
+    with new_folder(Path(folder)) as temporary:
         write_safetensors(temporary / WEIGHTS_FILE, state.items() if isinstance(state, Mapping) else state)
-        write_json(temporary / CONFIG_FILE, document)
+        write_json(temporary / CONFIG_FILE, as_document(config))
         for name, part in (parts or {}).items():
             (temporary / name).mkdir()
             for file_name in (WEIGHTS_FILE, CONFIG_FILE):
                 shutil.copyfile(part / file_name, temporary / name / file_name)
         if add:
             add(temporary)
-        temporary.chmod(0o755)  # mkdtemp's is private
-        temporary.rename(folder)
-        sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def as_document(config: Mapping[str, Any]) -> dict[str, Any]:
     """All of config.json."""
     return {"format": FORMAT, "version": VERSION, **config}
-
-
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """A JSON file that survives a crash of the machine once this returns."""
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(document, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def read_model(folder: str | Path) -> tuple[dict[str, Any], Weights]:

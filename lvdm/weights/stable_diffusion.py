@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from lvdm.errors import UserError
-from lvdm.weights.foreign import CONFIG_FILE, Renamed, check_names, new_folder, open_tensors, write_model
+from lvdm.storage import new_folder
+from lvdm.weights.foreign import CONFIG_FILE, Renamed, check_names, open_tensors, write_model
 from lvdm.weights.native import read_json
 
 CLASS = "UNet2DConditionModel"
