@@ -60,11 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
     shapes = kinds.add_parser("shapes", help="moving shapes, made from nothing")
-    shapes.add_argument("--clips", type=int, default=2070, help="clips for training (414 combinations; %(default)s)")
+    shapes.add_argument("--clips", type=int, default=2045, help="clips for training (409 combinations; %(default)s)")
     shapes.add_argument(
-        "--held-out-clips", type=int, default=92, help="clips of 46 combinations held out (%(default)s)"
+        "--held-out-clips", type=int, default=102, help="clips of 51 combinations held out (%(default)s)"
     )
-    shapes.add_argument("--frames", type=int, default=20, help="frames of a clip (%(default)s)")
+    shapes.add_argument("--frames", type=int, default=16, help="frames of a clip (%(default)s)")
     shapes.add_argument("--size", type=int, default=32, help="height and width in pixels, even (%(default)s)")
     shapes.add_argument("--fps", type=float, default=8.0, help="frames a second (%(default)s)")
     shapes.add_argument("--seed", type=int, default=0, help="draws sizes, starts, speeds and shades (%(default)s)")

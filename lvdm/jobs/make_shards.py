@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lvdm.data import synthetic
+from lvdm import synthetic
 from lvdm.data.decode import VIDEO_EXTENSIONS, VideoInfo, decode_frames, iterate_frames, probe
 from lvdm.data.encode import encode_mp4
 from lvdm.data.fetch import read_file

@@ -6,8 +6,8 @@ import pytest
 
 from lvdm.data.encode import encode_mp4
 from lvdm.data.index import write_index
-from lvdm.data.synthetic import caption, combinations, render
 from lvdm.data.writer import ShardSample, sample_key, write_shard
+from lvdm.synthetic import caption, combinations, render
 
 SAMPLES = 23
 PER_SHARD = 9

@@ -11,8 +11,8 @@ import pytest
 from lvdm.data import decode
 from lvdm.data.decode import decode_frames, iterate_frames, probe
 from lvdm.data.encode import encode_mp4
-from lvdm.data.synthetic import combinations, render
 from lvdm.errors import BadSample
+from lvdm.synthetic import combinations, render
 
 FRAMES = 90
 

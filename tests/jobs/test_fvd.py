@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 from lvdm.config import ClipConfig
-from lvdm.data.synthetic import combinations, render
 from lvdm.errors import UserError
 from lvdm.evaluation.i3d import I3D
 from lvdm.jobs.fvd import Clips, fvd
 from lvdm.jobs.progress import silent
 from lvdm.media import write_mp4
+from lvdm.synthetic import combinations, render
 from tests.test_commands import ROOT, call
 
 

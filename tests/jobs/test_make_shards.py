@@ -16,9 +16,9 @@ from lvdm.data.decode import decode_frames, probe
 from lvdm.data.encode import encode_mp4
 from lvdm.data.fetch import read_sample
 from lvdm.data.index import open_index
-from lvdm.data.synthetic import HELD_OUT, caption, combinations, render
 from lvdm.errors import UserError
 from lvdm.jobs.make_shards import Source, footage, make_shapes, make_video_shards, read_folder, read_list
+from lvdm.synthetic import HELD_OUT, caption, combinations, render
 
 ROOT = Path(__file__).resolve().parents[2]
 

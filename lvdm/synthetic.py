@@ -28,6 +28,8 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "blue": (40, 60, 230),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
+RADII = (0.18, 0.23)
+"""Smallest and largest radius, in units of the frame's side."""
 MOTIONS = ("left", "right", "up", "down", "in a circle")
 
 
@@ -57,17 +59,27 @@ def caption(combination: Combination) -> str:
 
 
 def _held_out() -> tuple[Combination, ...]:
-    # a lattice: a tenth of the clips of every shape, colour, motion and background, and of nearly every pair of them
+    # a lattice: a ninth of the clips of every shape, colour, motion and background, and of nearly every pair of them
     lattice = itertools.product(enumerate(SHAPES), enumerate(COLORS), enumerate(MOTIONS), enumerate(BACKGROUNDS))
     return tuple(
         Combination(shape, color, motion, background)
         for (i, shape), (j, color), (k, motion), (m, background) in lattice
-        if color != background and (i + j + 2 * k + 3 * m) % 10 == 0
+        if color != background and (i + j + 2 * k + 3 * m) % 9 == 0
     )
 
 
 HELD_OUT: tuple[Combination, ...] = _held_out()
-"""The tenth of the combinations that no training set contains."""
+"""The ninth of the combinations that no training set contains."""
+
+
+def _evaluation() -> tuple[Combination, ...]:
+    trained = [c for c in combinations() if c not in HELD_OUT]
+    order = generator(0, 0, Purpose.SYNTHETIC).permutation(len(trained))
+    return (*HELD_OUT, *(trained[i] for i in order[: 2 * len(HELD_OUT)]))
+
+
+EVALUATION: tuple[Combination, ...] = _evaluation()
+"""What a model's samples are scored on: the combinations never trained on, and twice as many others."""
 
 
 def render(combination: Combination, seed: int, frames: int, size: int) -> np.ndarray:
@@ -76,18 +88,22 @@ def render(combination: Combination, seed: int, frames: int, size: int) -> np.nd
     ``seed`` draws size, start, speed and shade; the same arguments always give the same pixels.
     """
     rng = generator(seed, seed_from_text(caption(combination)), Purpose.SYNTHETIC)
-    radius = rng.uniform(0.18, 0.23)
+    radius = rng.uniform(*RADII)
     shade, background_shade = rng.uniform(-18, 18, size=2)
     x_T, y_T = _path(combination.motion, radius, frames, rng)
-    grid = (np.arange(size) + 0.5) / size
-    distance_THW = _distance(
-        combination.shape, grid[None, None, :] - x_T[:, None, None], grid[None, :, None] - y_T[:, None, None], radius
-    )
-    coverage_THWC = np.clip(0.5 - distance_THW * size, 0, 1)[..., None]  # one pixel of anti-aliasing
+    shapes = [template(combination.shape, radius, size, x, y) for x, y in zip(x_T, y_T, strict=True)]
+    coverage_THWC = np.stack(shapes)[..., None]
     ink = np.clip(np.array(COLORS[combination.color]) + shade, 0, 255)
     paper = np.clip(np.array(BACKGROUNDS[combination.background]) + background_shade, 0, 255)
     frames_THWC: np.ndarray = np.rint(coverage_THWC * ink + (1 - coverage_THWC) * paper).astype(np.uint8)
     return frames_THWC
+
+
+def template(shape: str, radius: float, size: int, x: float, y: float) -> np.ndarray:
+    """How much of each pixel a shape covers, 0 to 1, ``[H, W]``; radius and centre in units of the frame's side."""
+    grid = (np.arange(size) + 0.5) / size
+    coverage: np.ndarray = np.clip(0.5 - _distance(shape, grid[None, :] - x, grid[:, None] - y, radius) * size, 0, 1)
+    return coverage
 
 
 def _path(motion: str, radius: float, frames: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

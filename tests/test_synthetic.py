@@ -3,13 +3,14 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lvdm.data.synthetic import COLORS, HELD_OUT, Combination, caption, combinations, render
+from lvdm.synthetic import COLORS, EVALUATION, HELD_OUT, Combination, caption, combinations, render
 
-HELD_OUT_CHECKSUM = 1995771837
+HELD_OUT_CHECKSUM = 149236240
 
 
 def centres(frames_THWC: np.ndarray, combination: Combination) -> np.ndarray:
@@ -31,7 +32,7 @@ def test_the_combinations_are_fixed() -> None:
 
 
 def test_what_is_held_out_is_spread_evenly() -> None:
-    assert len(HELD_OUT) == 46
+    assert len(HELD_OUT) == 51
     assert set(HELD_OUT) < set(combinations())
     rest = [c for c in combinations() if c not in HELD_OUT]
     for field in ("shape", "color", "motion", "background"):
@@ -41,6 +42,16 @@ def test_what_is_held_out_is_spread_evenly() -> None:
     for one, two in itertools.combinations(("shape", "color", "motion", "background"), 2):
         seen = {(getattr(c, one), getattr(c, two)) for c in rest}
         assert seen == {(getattr(c, one), getattr(c, two)) for c in combinations()}
+
+
+def test_a_third_of_the_captions_for_scores_was_never_trained_on() -> None:
+    assert len(set(EVALUATION)) == len(EVALUATION) == 153
+    assert set(HELD_OUT) <= set(EVALUATION)
+    for field in ("shape", "color", "motion", "background"):
+        counts = Counter(getattr(c, field) for c in EVALUATION)
+        assert min(counts.values()) > 0.6 * len(EVALUATION) / len(counts), counts
+    file = Path(__file__).resolve().parents[1] / "configs" / "shapes_captions.txt"
+    assert file.read_text().splitlines() == [caption(c) for c in EVALUATION]
 
 
 def test_a_clip_is_a_function_of_its_arguments() -> None:
