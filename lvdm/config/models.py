@@ -66,6 +66,12 @@ class TextUNetConfig(ModelSection):
     """Largest relative distance in frames that has its own position embedding; clips may be longer."""
     relative_position: bool = True
     """Relative position tables in temporal attention."""
+    pooled_text: bool = False
+    """Add the projected mean of the text states to the time embedding, beside cross-attention (as Imagen, arXiv
+    2205.11487): the text is then heard at all levels, and early in training. LVDM: false."""
+    scale_shift: bool = False
+    """Whether the time embedding scales and shifts the norms of residual blocks (arXiv 2105.05233) rather than being
+    added. LVDM's text model: false."""
     norm_groups: PositiveInt = 32
     """Groups of the group norms; must divide ``model_channels``."""
     norm_over: Literal["clip", "frame"] = "clip"

@@ -92,9 +92,9 @@ class Attention(nn.Module):
 class TemporalAttention(nn.Module):
     """Multi-head attention of each pixel over the frames of its clip.
 
-    With ``max_distance`` there are relative position tables for keys and values, clipped beyond that many frames, and
-    q, k, v and the output start at zero (LVDM): the table of the values alone, which is not zero, gets learning going.
-    Without tables only the output starts at zero, since all-zero projections would never leave it.
+    With ``max_distance`` there are relative position tables for keys and values, clipped beyond that many frames. Only
+    the output starts at zero, so that an inflated model begins as its image model. (LVDM starts q, k and v at zero too:
+    what frames show then reaches each other late in training.)
     """
 
     def __init__(self, channels: int, heads: int, max_distance: int | None) -> None:
@@ -104,7 +104,6 @@ class TemporalAttention(nn.Module):
         self.to_k = nn.Linear(channels, channels, bias=False)
         self.to_v = nn.Linear(channels, channels, bias=False)
         self.to_out = nn.Linear(channels, channels)
-        zeros = [self.to_out.weight, self.to_out.bias]
         self.relative_k: nn.Parameter | None = None
         self.relative_v: nn.Parameter | None = None
         if max_distance is not None:
@@ -112,9 +111,8 @@ class TemporalAttention(nn.Module):
             self.relative_v = nn.Parameter(torch.empty(2 * max_distance + 1, channels // heads))
             nn.init.xavier_uniform_(self.relative_k)
             nn.init.xavier_uniform_(self.relative_v)
-            zeros += [self.to_q.weight, self.to_k.weight, self.to_v.weight]
-        for parameter in zeros:
-            nn.init.zeros_(parameter)
+        nn.init.zeros_(self.to_out.weight)
+        nn.init.zeros_(self.to_out.bias)
 
     def forward(self, x_BTSD: Tensor) -> Tensor:
         q, k, v = (

@@ -33,6 +33,8 @@ class FrozenVAE(ABC):
     fingerprint: str
     """SHA-256 of the weights."""
     latent_channels: int
+    frames_per_latent: int = 1
+    """Frames that one frame of a latent stands for."""
 
     def __init__(self, scale: float, shift: float) -> None:
         self.scale = scale
@@ -69,6 +71,7 @@ class OwnFrozenVAE(FrozenVAE):
         self.model = freeze(model)
         self.fingerprint = fingerprint
         self.latent_channels = model.latent_channels
+        self.frames_per_latent = model.downsample[0]
         self.slice_clips = slice_clips
 
     def encode(self, frames_BCTHW: Tensor) -> Tensor:

@@ -33,6 +33,8 @@ class TextUNet(FrameUNet):
         context_dim: int = 768,
         temporal_length: int = 16,
         relative_position: bool = True,
+        pooled_text: bool = False,
+        scale_shift: bool = False,
         norm_groups: int = 32,
         norm_over: NormOver = "clip",
     ) -> None:
@@ -49,8 +51,9 @@ class TextUNet(FrameUNet):
             ),
             norm_groups=norm_groups,
             norm_over=norm_over,
-            scale_shift=False,
+            scale_shift=scale_shift,
         )
+        self.text_embed = nn.Linear(context_dim, 4 * model_channels) if pooled_text else None
 
     def forward(self, z_BCTHW: Tensor, t_B: Tensor, text_BLD: Tensor, text_mask_BL: Tensor | None = None) -> Tensor:
         """The network's output ``[B, C, T, H, W]``, of the type of ``z_BCTHW``.
@@ -65,7 +68,18 @@ class TextUNet(FrameUNet):
             UserError: height or width is no multiple of the UNet's downsampling.
         """
         text_BLD = text_BLD.to(z_BCTHW.dtype)
-        return self.through(z_BCTHW, self.embed_time(t_B, like=z_BCTHW), text_BLD, text_mask_BL)
+        embedding_BE = self.embed_time(t_B, like=z_BCTHW)
+        if self.text_embed is not None:
+            embedding_BE = embedding_BE + self.text_embed(_mean_over_text(text_BLD, text_mask_BL))
+        return self.through(z_BCTHW, embedding_BE, text_BLD, text_mask_BL)
+
+
+def _mean_over_text(text_BLD: Tensor, text_mask_BL: Tensor | None) -> Tensor:
+    """Mean of the states of the tokens that may be attended to, ``[B, D]``."""
+    if text_mask_BL is None:
+        return text_BLD.mean(1)
+    weights_BL1 = text_mask_BL[..., None].to(text_BLD.dtype)
+    return (text_BLD * weights_BL1).sum(1) / weights_BL1.sum(1)
 
 
 class SpaceTimeTransformer(nn.Module):

@@ -157,6 +157,13 @@ def write_back(source: Source, entries: Iterable[Entry]) -> dict[str, LazyTensor
     return {entry.theirs: source.tensors[entry.ours].map(entry.to_theirs) for entry in pairs}
 
 
+def check_plain(config: Mapping[str, Any]) -> None:
+    """Raise `Mismatch` where a ``text_unet`` has parts that LVDM's and Stable Diffusion's do not have."""
+    extra = [f"model.{name}" for name in ("pooled_text", "scale_shift") if config.get(name)]
+    if extra:
+        raise Mismatch(f"the layout has no place for {' and '.join(extra)}")
+
+
 def some(names: list[str]) -> str:
     """The first few names."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from lvdm.errors import UserError
-from lvdm.storage import new_folder, write_json
+from lvdm.storage import new_folder, read_json, write_json
 from lvdm.weights.foreign import (
     CONFIG_FILE,
     Renamed,
@@ -22,7 +22,6 @@ from lvdm.weights.foreign import (
     open_tensors,
     write_model,
 )
-from lvdm.weights.native import read_json
 
 CLASS = "UNet3DConditionModel"
 

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from lvdm.errors import UserError
-from lvdm.storage import write_json
+from lvdm.storage import read_json, write_json
 from lvdm.weights import conversion
 from lvdm.weights.conversion import Mismatch
-from lvdm.weights.native import Weights, read_json, write_safetensors
+from lvdm.weights.native import Weights, write_safetensors
 from lvdm.weights.torch_file import read_tensors
 
 CONFIG_FILE = "config.json"

@@ -16,6 +16,7 @@ from lvdm.weights.conversion import (
     Shapes,
     Source,
     check_names,
+    check_plain,
     likeness,
     write_back,
 )
@@ -201,6 +202,7 @@ def _main(sources: Mapping[str, Source], kind: str) -> Source:
     main = sources[""]
     if main.config["kind"] != kind:
         raise Mismatch(f"the model is a {main.config['kind']}, not a {kind}")
+    check_plain(main.config)
     return main
 
 

@@ -134,19 +134,6 @@ def read_model(folder: str | Path) -> tuple[dict[str, Any], Weights]:
     return document, Weights(folder / WEIGHTS_FILE)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A mapping in a JSON file. Raises `UserError`."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"{path} is not valid JSON") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold a mapping")
-    return tree
-
-
 def load_into(module: nn.Module, folder: str | Path, strict: bool = True) -> list[str]:
     """Copy the weights of an exported folder into ``module``, cast to its types.
 

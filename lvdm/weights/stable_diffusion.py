@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from lvdm.errors import UserError
-from lvdm.storage import new_folder
+from lvdm.storage import new_folder, read_json
+from lvdm.weights.conversion import Mismatch, check_plain
 from lvdm.weights.foreign import CONFIG_FILE, Renamed, check_names, open_tensors, write_model
-from lvdm.weights.native import read_json
 
 CLASS = "UNet2DConditionModel"
 COMPVIS_PREFIX = "model.diffusion_model."
@@ -155,6 +155,10 @@ def deflate(model: Mapping[str, Any], tensors: Mapping[str, Tensor], layout: str
         raise UserError(f"only a text_unet has a 2-D part, in the layout compvis or diffusers; not {model.get('kind')}")
     if model["transformer_depth"] != 1:
         raise UserError(f"Stable Diffusion 1.x has transformers of depth 1, the model of {model['transformer_depth']}")
+    try:
+        check_plain(model)
+    except Mismatch as fault:
+        raise UserError(f"the model has no 2-D part as Stable Diffusion 1.x has it: {fault}") from None
     theirs = {
         (COMPVIS_PREFIX + compvis if layout == "compvis" else diffusers): ours
         for ours, compvis, diffusers in tensor_names(model)
@@ -347,7 +351,6 @@ class _Temporal(Mapping[str, Tensor]):
 
     def __init__(self, model: Mapping[str, Any], widths: Mapping[str, int], seed: int) -> None:
         """``widths``: channels of each transformer block, by our name of it."""
-        self._tables = model["relative_position"]
         self._seed = seed
         self._shapes: dict[str, tuple[int, ...]] = {}
         for block, width in widths.items():
@@ -356,7 +359,7 @@ class _Temporal(Mapping[str, Tensor]):
                 self._shapes |= {f"{norm}.weight": (width,), f"{norm}.bias": (width,)}
                 self._shapes |= {f"{attention}.to_{part}.weight": (width, width) for part in ("q", "k", "v", "out")}
                 self._shapes[f"{attention}.to_out.bias"] = (width,)
-                if self._tables:
+                if model["relative_position"]:
                     table = (2 * model["temporal_length"] + 1, width // model["heads"])
                     self._shapes |= {f"{attention}.relative_{part}": table for part in ("k", "v")}
 
@@ -366,7 +369,7 @@ class _Temporal(Mapping[str, Tensor]):
             return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
         if "relative" in name:
             return self._uniform(name, (6 / sum(shape)) ** 0.5)
-        if "to_out" in name or self._tables:
+        if "to_out" in name:
             return torch.zeros(shape)
         return self._uniform(name, shape[1] ** -0.5)
 

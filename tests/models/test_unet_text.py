@@ -86,7 +86,7 @@ def test_cast_to_bf16(unet):
 
 
 def test_starts_at_zero_and_learns_from_there():
-    """Zero layers come alive one by one: output, projection, temporal attention's output, its q and v, its k."""
+    """Zero layers come alive one by one: output, projection, temporal attention's output."""
     torch.manual_seed(0)
     z, t, text = inputs()
     model = TextUNet(
@@ -113,6 +113,24 @@ def test_every_weight_takes_part(relative):
     model(z, t, text).square().mean().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
     assert any("relative_k" in name for name, _ in model.named_parameters()) == relative
+
+
+def test_pooled_text_and_scale_shift_take_part_and_see_no_padding():
+    model = TextUNet(
+        model_channels=16, channel_mult=(1, 1), res_blocks=1, attention_levels=(), heads=2, context_dim=24,
+        norm_groups=8, pooled_text=True, scale_shift=True,
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    z, t, text = inputs()
+    longer = torch.cat([text, torch.full_like(text[:, :1], 9.0)], dim=1)
+    mask = torch.ones(longer.shape[:2], dtype=torch.bool)
+    mask[:, -1] = False
+    torch.testing.assert_close(model(z, t, longer, mask), model(z, t, text), atol=1e-5, rtol=1e-4)
+    assert (model(z, t, text) - model(z, t, text.flip(0))).abs().max() > 1e-4
+    model(z, t, text).square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
 def test_latent_size_that_does_not_fit_is_refused(unet):

@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lvdm.config import VideoAutoencoderConfig
 from lvdm.errors import UserError
+from lvdm.models.build import build_model
 from lvdm.models.frozen import OwnFrozenVAE
 from lvdm.models.video_autoencoder import (
     VideoAutoencoder,
@@ -12,6 +14,7 @@ from lvdm.models.video_autoencoder import (
     sample_posterior,
     split_moments,
 )
+from lvdm.synthetic import combinations, render
 from tests.models.formula import expected, formula_input
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
@@ -50,6 +53,18 @@ def test_decode_and_other_sizes_equal_the_reference(autoencoder):
     torch.testing.assert_close(decoded, want["decode_z"], **TOLERANCE)
     moments = autoencoder.encode(formula_input("ae.x2", 1, 3, 8, 24, 32, scale=0.5))
     torch.testing.assert_close(moments, want["moments_x2"], **TOLERANCE)
+
+
+@torch.no_grad()
+def test_untrained_autoencoder_gives_back_a_blurred_clip():
+    model = build_model(
+        VideoAutoencoderConfig(hidden_channels=4, norm_groups=1, downsample=(2, 4, 4), latent_channels=8), seed=0
+    )
+    for combination in combinations()[::60]:
+        clip = torch.from_numpy(render(combination, 0, 8, 32)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        mean, _ = split_moments(model.encode(clip))
+        like = torch.corrcoef(torch.stack([clip.flatten(), model.decode(mean).flatten()]))[0, 1].abs()
+        assert like > 0.6, combination
 
 
 def test_log_variance_is_clamped():

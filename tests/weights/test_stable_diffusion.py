@@ -128,3 +128,10 @@ def test_what_is_no_such_model_is_one_line(folder, ckpt, tmp_path):
     config.write_text(config.read_text().replace('"use_linear_projection": false', '"use_linear_projection": true'))
     with pytest.raises(UserError, match="use_linear_projection=True"):
         inflate(folder)
+
+
+@pytest.mark.parametrize("part", ["pooled_text", "scale_shift"])
+def test_parts_that_the_layout_has_no_place_for_are_not_left_out_in_silence(folder: Path, part: str) -> None:
+    inflation = inflate(folder)
+    with pytest.raises(UserError, match=rf"no 2-D part .*: the layout has no place for model\.{part}"):
+        deflate(inflation.model | {part: True}, inflation.tensors, "diffusers")
