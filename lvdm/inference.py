@@ -1,7 +1,7 @@
 """Use what training exported: load a folder, sample from it.
 
-from lvdm.inference import load
-model = load("exports/quickstart")
+import lvdm
+model = lvdm.load("exports/quickstart")
 clips_BTHWC = model.sample(["a red circle moves left on a blue background"], seeds=[0])
 """
 
@@ -38,7 +38,7 @@ from lvdm.models.frozen import (
     load_text_encoder,
 )
 from lvdm.models.video_autoencoder import VideoAutoencoder
-from lvdm.storage import sha256_of
+from lvdm.storage import local_folder, sha256_of
 from lvdm.weights.native import load_into, read_model
 
 VAE_FOLDER = "vae"
@@ -134,11 +134,12 @@ class VideoModel:
         self,
         prompts: Sequence[str],
         *,
-        seeds: Sequence[int],
-        negative_prompts: Sequence[str] | None = None,
+        negative_prompts: Sequence[str] | str = "",
+        seeds: Sequence[int] | int = 0,
+        frames: int | None = None,
         steps: int = 50,
         guidance: float = 7.5,
-        sampler: Sampler = "ddim",
+        sampler: Sampler | None = None,
         eta: float = 0.0,
         batch: int = 8,
         progress: Callable[[int, int], None] | None = None,
@@ -147,28 +148,33 @@ class VideoModel:
 
         Args:
             prompts: captions; empty ones for a model that reads no text.
-            seeds: one a prompt; a clip depends on its own prompt and seed alone, up to rounding.
-            negative_prompts: what guidance leads away from; empty captions by default.
+            negative_prompts: what guidance leads away from, one a prompt or one for all; empty captions by default.
+            seeds: one a prompt, or the first one's, from which the others count up; a clip depends on its own prompt
+                and seed alone, up to rounding.
+            frames: length of the clips, a multiple of what the autoencoder squeezes into one latent frame; by default
+                that of training, beyond which quality falls.
             steps: sampler steps.
             guidance: classifier-free guidance scale, 1 for none; a model that reads no text has none.
-            sampler: see `lvdm.diffusion.samplers.sample`.
+            sampler: see `lvdm.diffusion.samplers.sample`; by default ``ddim``, for flow ``flow_euler``.
             eta: noise of DDIM, 0 (deterministic) to 1.
             batch: clips sampled at once.
             progress: called with (done, total) network steps.
         Returns:
             uint8 ``BTHWC`` on the CPU.
         Raises:
-            UserError: the sampler, its steps or eta do not fit the model, there is a caption for a model that reads
-                none, or the numbers of prompts and seeds differ.
+            UserError: the sampler, its steps, eta or the frames do not fit the model, there is a caption for a model
+                that reads none, or the numbers of prompts and seeds differ.
         """
-        if self.text is None and any([*prompts, *(negative_prompts or [])]):
+        sampler = sampler or ("flow_euler" if self.config.diffusion.parameterization == "flow" else "ddim")
+        negatives = [negative_prompts] * len(prompts) if isinstance(negative_prompts, str) else list(negative_prompts)
+        seeds = range(seeds, seeds + len(prompts)) if isinstance(seeds, int) else seeds
+        if self.text is None and any([*prompts, *negatives]):
             raise UserError("this model was trained without text, so it takes no captions")
         check_sampling(self.config.diffusion, sampler, steps, eta)
-        if len(seeds) != len(prompts):
-            raise UserError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}")
-        negatives = list(negative_prompts or [""] * len(prompts))
-        if len(negatives) != len(prompts):
-            raise UserError(f"{len(prompts)} prompts need as many negative prompts, not {len(negatives)}")
+        for name, given in {"seeds": seeds, "negative prompts": negatives}.items():
+            if len(given) != len(prompts):
+                raise UserError(f"{len(prompts)} prompts need as many {name}, not {len(given)}")
+        shape = self.latent_shape if frames is None else self._shape_of(frames)
         denoiser = Denoiser(self.network, self.config.diffusion, self.dtype)
         clips = []
         starts = range(0, len(prompts), batch)
@@ -187,7 +193,7 @@ class VideoModel:
 
             z = run_sampler(
                 denoise,
-                initial_noise(seeds[part], self.latent_shape, self.device),
+                initial_noise(seeds[part], shape, self.device),
                 config=self.config.diffusion,
                 sampler=sampler,
                 steps=steps,
@@ -198,6 +204,14 @@ class VideoModel:
             clips.append(float_to_frames(self.vae.decode(self.vae.denormalize(z).to(self.dtype))).cpu())
         return torch.cat(clips)
 
+    def _shape_of(self, frames: int) -> tuple[int, ...]:
+        """The latent's shape for clips of so many frames. Raises `UserError`."""
+        factor, stride = self.vae.frames_per_latent, self.config.latent_stride
+        if frames < 1 or frames % (factor * stride):
+            raise UserError(f"frames={frames}: give a multiple of {factor * stride}, the frames of one latent frame")
+        channels, _, *sides = self.latent_shape
+        return channels, frames // (factor * stride), *sides
+
     def _condition(self, captions: Sequence[str]) -> dict[str, torch.Tensor | None]:
         if self.text is None:
             return {}
@@ -205,16 +219,20 @@ class VideoModel:
         return {"text_BLD": states, "text_mask_BL": mask if self.text.mask_padding else None}
 
 
-def load(folder: str | Path, device: str | torch.device = "", dtype: torch.dtype = torch.float32) -> VideoModel:
+def load(folder_or_url: str | Path, device: str | torch.device = "", dtype: torch.dtype = torch.float32) -> VideoModel:
     """Load an exported folder to sample from.
 
     Args:
-        folder: written by ``tools/export_checkpoint.py``.
+        folder_or_url: written by ``tools/export_checkpoint.py``; a folder or any fsspec URL of one (s3://, https://).
         device: by default the GPU if there is one.
     Raises:
         UserError: the folder, its autoencoder or its text encoder cannot be read.
     """
-    folder = Path(folder)
+    with local_folder(str(folder_or_url)) as folder:
+        return _load(folder, device, dtype)
+
+
+def _load(folder: Path, device: str | torch.device, dtype: torch.dtype) -> VideoModel:
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tree, _ = read_model(folder)
     kind = tree["model"].get("kind")

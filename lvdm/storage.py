@@ -75,6 +75,34 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def local_folder(url: str) -> Iterator[Path]:
+    """A folder at any fsspec URL as a local one: itself, or a copy that is removed when the block ends.
+
+    Raises:
+        UserError: it does not exist or cannot be read.
+    """
+    fs, root = locate(url)
+    if isinstance(fs, LocalFileSystem):
+        yield Path(root)
+        return
+    with tempfile.TemporaryDirectory(prefix="lvdm-") as scratch:
+        try:
+            for path in fs.find(root):
+                target = (Path(scratch) / os.path.relpath(path, root)).resolve()
+                if not target.is_relative_to(Path(scratch).resolve()):
+                    raise UserError(f"{url} lists {path}, which lies outside of it")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                fs.get_file(path, str(target))
+        except (OSError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"cannot read {url}: {error}") from None
+        if not any(Path(scratch).iterdir()):
+            raise UserError(f"there is no folder {url}")
+        yield Path(scratch)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Replace a file by ``text`` so that a reader or a crash sees the old content or the new, never a part."""
     with atomic_file(str(path)) as temporary:
@@ -84,6 +112,19 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, document: Mapping[str, Any]) -> None:
     """A JSON file, replaced whole as by `write_text`."""
     write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A mapping in a JSON file. Raises `UserError`."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path} is not valid JSON") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold a mapping")
+    return tree
 
 
 def sha256_of(*paths: str | Path) -> str:

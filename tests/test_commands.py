@@ -122,7 +122,16 @@ def test_demo_chain_at_toy_length(tmp_path: Path) -> None:
     done = call(sys.executable, str(ROOT / "tools/demo.py"), "--toy", cwd=tmp_path, timeout=400)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     demo = tmp_path / "demo"
-    for made in ("moving shapes", "real footage", "autoencoder", "latents", "text-to-video", "export", "samples"):
+    for made in (
+        "moving shapes",
+        "real footage",
+        "autoencoder",
+        "latents",
+        "text-to-video",
+        "export",
+        "samples",
+        "scores",
+    ):
         assert made in done.stdout
     assert "tensorboard --logdir demo/runs" in done.stdout
     losses = [json.loads(line).get("loss") for line in (demo / "runs/diffusion/log.jsonl").read_text().splitlines()]
@@ -133,4 +142,7 @@ def test_demo_chain_at_toy_length(tmp_path: Path) -> None:
     assert sheet.std() > 5
     again = call(sys.executable, str(ROOT / "tools/demo.py"), "--toy", cwd=tmp_path)
     assert again.returncode == 0
-    assert again.stdout.count("already there") == 9
+    assert again.stdout.count("already there") == 10
+    scores = json.loads((demo / "scores.json").read_text())
+    assert scores["all"]["shape"]["of"] == scores["trained"]["shape"]["of"] + scores["unseen"]["shape"]["of"] == 4
+    assert scores["ceiling"]["background"]["of"] == 4

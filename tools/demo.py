@@ -10,6 +10,7 @@ stopped goes on where it was. Remove ./demo to start over.
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import shutil
 import subprocess
@@ -119,7 +120,7 @@ def stages(toy: bool) -> list[Stage]:
         ),
         Stage(
             "autoencoder",
-            ("deepspeed", str(train), "--config", autoencoder, *short),
+            ("deepspeed", "--num_gpus", "2", str(train), "--config", autoencoder, *short),
             runs / "autoencoder",
             finished(runs / "autoencoder", autoencoder, steps),
             lambda: "run folder: log, pictures, checkpoints",
@@ -169,14 +170,30 @@ def stages(toy: bool) -> list[Stage]:
         Stage(
             "samples",
             (
-                *(str(tools / "sample.py"), str(exports / "diffusion"), str(samples), *prompts),
-                *("--steps", "5" if toy else "50", "--guidance", "4", "--seed", "0"),
+                *("deepspeed", "--num_gpus", "2", str(tools / "sample.py"), str(exports / "diffusion"), str(samples)),
+                *(prompts if toy else ("--prompts-file", str(configs / "shapes_captions.txt"))),
+                *("--steps", "5" if toy else "20", "--guidance", "3", "--batch", "2" if toy else "32", "--seed", "0"),
             ),
             samples,
             samples / "contact_sheet.png",
             lambda: size_of(samples, "*.mp4", "clips as mp4 and gif, and a contact sheet"),
+            restart=False,
+        ),
+        Stage(
+            "scores",
+            (str(tools / "evaluate.py"), "--metric", "shapes", str(samples), "--out", str(DEMO / "scores.json")),
+            DEMO / "scores.json",
+            DEMO / "scores.json",
+            scores,
         ),
     ]
+
+
+def scores() -> str:
+    """Shares of clips that show what their captions say."""
+    parts = json.loads((DEMO / "scores.json").read_text(encoding="utf-8"))
+    shown = [f"{name} {100 * parts['all'][name]['share']:.0f} %" for name in ("shape", "color", "motion")]
+    return f"right: {', '.join(shown)}"
 
 
 def finished(run_folder: Path, config: str, steps: int) -> Path:

@@ -15,10 +15,10 @@ from lvdm.errors import UserError
 from lvdm.inference import TEXT_FOLDER, VAE_FOLDER
 from lvdm.jobs.import_checkpoint import REST_FILE
 from lvdm.models.frozen import find_model, weight_files
-from lvdm.storage import atomic_file
+from lvdm.storage import atomic_file, read_json
 from lvdm.weights.conversion import LazyTensor, Mismatch, Source
 from lvdm.weights.layouts import LAYOUTS
-from lvdm.weights.native import CONFIG_FILE, Weights, read_json, read_model
+from lvdm.weights.native import CONFIG_FILE, Weights, read_model
 from lvdm.weights.torch_file import write_torch_file
 
 

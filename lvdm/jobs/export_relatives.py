@@ -16,10 +16,10 @@ from lvdm.errors import UserError
 from lvdm.inference import TEXT_FOLDER, TOKENIZER_FOLDER, VAE_FOLDER
 from lvdm.jobs.export_layout import Exportable, frozen_folders, open_source
 from lvdm.models.frozen import TOKENIZER_FILES, find_model
-from lvdm.storage import atomic_file
+from lvdm.storage import atomic_file, read_json
 from lvdm.weights.conversion import LazyTensor
 from lvdm.weights.diffusers import scheduler_config, write_pipeline, write_unet3d
-from lvdm.weights.native import CONFIG_FILE, read_json, write_safetensors
+from lvdm.weights.native import CONFIG_FILE, write_safetensors
 from lvdm.weights.stable_diffusion import deflate, write_unet2d
 
 

@@ -22,12 +22,12 @@ from lvdm.errors import UserError
 from lvdm.inference import TEXT_FOLDER, TOKENIZER_FOLDER, VAE_FOLDER
 from lvdm.models.build import build_model
 from lvdm.models.frozen import weight_files as frozen_files
-from lvdm.storage import sha256_of
+from lvdm.storage import read_json, sha256_of
 from lvdm.weights import diffusers, stable_diffusion
 from lvdm.weights.conversion import some
 from lvdm.weights.foreign import weight_files
 from lvdm.weights.lvdm_release import SCALINGS
-from lvdm.weights.native import CONFIG_FILE, Weights, read_json, save_model
+from lvdm.weights.native import CONFIG_FILE, Weights, save_model
 from lvdm.weights.torch_file import read_tensors
 
 RELATIVES = {
