@@ -84,7 +84,7 @@ def local_folder(url: str) -> Iterator[Path]:
     """
     fs, root = locate(url)
     if isinstance(fs, LocalFileSystem):
-        yield Path(root)
+        yield Path(root if "://" in url else url)
         return
     with tempfile.TemporaryDirectory(prefix="lvdm-") as scratch:
         try:
