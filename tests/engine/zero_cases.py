@@ -30,12 +30,13 @@ Tensors = dict[str, torch.Tensor]
 
 
 def network() -> torch.nn.Module:
-    """The tiny text UNet; its zero-initialised layers are filled, so that every gradient is at work."""
+    """The tiny text UNet; its zero-initialised layers, and all of temporal attention, are filled with small numbers, so
+    that every gradient is at work and none is so large that bf16 hides the others."""
     model = build_model(MODEL, seed=3)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
+        for name, parameter in model.named_parameters():
+            if not parameter.any() or (".attn_time" in name and ".to_" in name):
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model
 
