@@ -1,1 +1,1 @@
-"""Scores of sampled videos: Fréchet and kernel distance of I3D features."""
+"""Scores of sampled videos: what moving shapes show, Fréchet and kernel distance of I3D features."""

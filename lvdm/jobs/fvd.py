@@ -8,7 +8,7 @@ it depends on that draw.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,9 @@ from lvdm.data.transforms import clip_draws, clip_indices
 from lvdm.errors import BadSample, UserError
 from lvdm.evaluation.distances import frechet_distance, kernel_distance
 from lvdm.evaluation.i3d import I3D, MIN_FRAMES, preprocess
+from lvdm.jobs.progress import Report
 from lvdm.storage import sha256_of
 from lvdm.weights.torch_file import read_tensors
-
-Progress = Callable[[int, int], None]
-"""Called with (clips done, clips in all)."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def fvd(
     redraws: int,
     batch: int,
     device: torch.device,
-    progress: Progress,
+    progress: Report,
 ) -> dict[str, Any]:
     """Scores with everything that they depend on.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,10 @@ import lvdm
 from lvdm.errors import UserError
 from lvdm.evaluation.shapes import Score, Seen, look, scores
 from lvdm.inference import VideoModel, float_to_frames, frames_to_float, load
+from lvdm.jobs.progress import Report
 from lvdm.jobs.sample import RECORD_NAME, read_clip
 from lvdm.models.video_autoencoder import split_moments
 from lvdm.synthetic import HELD_OUT, Combination, caption, combinations, render
-
-Progress = Callable[[int, int], None]
-"""Called with (clips done, clips in all)."""
 
 _SIDE = 32
 """Pixels to which larger clips are shrunk: what the checker takes grows with the area."""
@@ -27,7 +25,7 @@ _CEILING_SEED = 1_000_000
 """Of the true clips that the autoencoder is tried on; training sets count up from small seeds."""
 
 
-def score_folder(folder: Path, progress: Progress) -> dict[str, Any]:
+def score_folder(folder: Path, progress: Report) -> dict[str, Any]:
     """Scores of a folder that ``tools/sample.py`` wrote, by part of the captions, and all that they depend on.
 
     ``all``, ``trained`` (combinations that training sets contain) and ``unseen`` (those that none does) give for each
