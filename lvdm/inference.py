@@ -2,7 +2,7 @@
 
 import lvdm
 model = lvdm.load("exports/quickstart")
-clips_BTHWC = model.sample(["a red circle moves left on a blue background"], seeds=[0])
+clips_BTHWC = model.sample(["a red circle moves left"], seeds=[0])
 """
 
 from __future__ import annotations

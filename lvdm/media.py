@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import math
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
@@ -69,19 +70,31 @@ def write_gif(path: str | Path, frames_THWC: np.ndarray, fps: float, *, scale: i
     All frames share one palette and nothing is dithered, so colours stand still where the clip does. See `write_mp4`
     for the arguments and errors; a gif's clock has hundredths of a second, kept right on average.
     """
+    _write_atomically(Path(path), lambda target: target.write_bytes(gif_bytes(enlarge(frames_THWC, scale), fps)))
+
+
+def gif_bytes(frames_THWC: np.ndarray, fps: float) -> bytes:
+    """What `write_gif` writes."""
     frames_THWC = _checked(frames_THWC)
     palette = _palette(frames_THWC)
-    images = [
-        Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE)
-        for frame in enlarge(frames_THWC, scale)
-    ]
+    images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames_THWC]
     ticks = [round(_GIF_TICKS * i / fps) for i in range(len(images) + 1)]
     milliseconds = [10 * max(after - before, 1) for before, after in itertools.pairwise(ticks)]
     buffer = io.BytesIO()
     images[0].save(
         buffer, "GIF", save_all=True, append_images=images[1:], duration=milliseconds, loop=0, optimize=False
     )
-    _write_atomically(Path(path), lambda target: _dump(target, buffer))
+    return buffer.getvalue()
+
+
+def side_by_side(clips_BTHWC: np.ndarray) -> np.ndarray:
+    """Clips in rows of as many as there are rows, or one more: uint8 ``THWC``."""
+    number, frames, height, width, colors = clips_BTHWC.shape
+    columns = math.ceil(math.sqrt(number))
+    rows = math.ceil(number / columns)
+    blank = np.full((rows * columns - number, *clips_BTHWC.shape[1:]), 255, dtype=np.uint8)
+    grid = np.concatenate([clips_BTHWC, blank]).reshape(rows, columns, frames, height, width, colors)
+    return grid.transpose(2, 0, 3, 1, 4, 5).reshape(frames, rows * height, columns * width, colors)
 
 
 def contact_sheet(

@@ -145,4 +145,4 @@ def test_demo_chain_at_toy_length(tmp_path: Path) -> None:
     assert again.stdout.count("already there") == 10
     scores = json.loads((demo / "scores.json").read_text())
     assert scores["all"]["shape"]["of"] == scores["trained"]["shape"]["of"] + scores["unseen"]["shape"]["of"] == 4
-    assert scores["ceiling"]["background"]["of"] == 4
+    assert scores["ceiling"]["shape"]["of"] == 4

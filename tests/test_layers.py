@@ -19,6 +19,7 @@ LEVELS = {
     "weights": 1,
     "evaluation": 1,
     "media": 1,
+    "clip_folder": 2,
     "engine": 2,
     "inference": 2,
     "train": 3,

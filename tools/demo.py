@@ -26,10 +26,10 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = Path("demo")
 PROMPTS = (
-    "a red circle moves left on a black background",
-    "a green square moves up on a white background",
-    "a blue triangle moves right on a gray background",
-    "a yellow cross moves down on a black background",
+    "a red circle moves left",
+    "a green square moves up",
+    "a blue triangle moves right",
+    "a yellow cross moves down",
 )
 
 

@@ -3,9 +3,9 @@
     python tools/evaluate.py --metric shapes demo/samples --out scores.json
     python tools/evaluate.py --metric fvd samples --real videos --i3d i3d_pretrained_400.pt --out fvd.json
 
-shapes  for captions of moving shapes ("a red circle moves left on a blue background"): how often shape, colour, motion
-        and background of the clips are what the captions say, measured from the pixels, with 95 % intervals; beside
-        chance (the same clips, each other's captions) and the ceiling (true clips through the model's autoencoder).
+shapes  for captions of moving shapes ("a red circle moves left"): how often shape, colour and motion of the clips
+        are what the captions say, measured from the pixels, with 95 % intervals; beside chance (the same clips, each
+        other's captions) and the ceiling (true clips through the model's autoencoder).
 fvd     Fréchet and kernel distance of I3D's features (FVD, KVD) between sampled and real clips, each a folder of videos
         or an .npz / .npy of uint8 [N, T, H, W, 3]. Published numbers use 2048 clips of 16 frames at 256 x 256 on each
         side and i3d_pretrained_400.pt of github.com/SongweiGe/TATS; scores of fewer clips are higher.

@@ -60,9 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
     shapes = kinds.add_parser("shapes", help="moving shapes, made from nothing")
-    shapes.add_argument("--clips", type=int, default=2045, help="clips for training (409 combinations; %(default)s)")
+    shapes.add_argument("--clips", type=int, default=2240, help="clips for training (112 combinations; %(default)s)")
     shapes.add_argument(
-        "--held-out-clips", type=int, default=102, help="clips of 51 combinations held out (%(default)s)"
+        "--held-out-clips", type=int, default=96, help="clips of 48 combinations held out (%(default)s)"
     )
     shapes.add_argument("--frames", type=int, default=16, help="frames of a clip (%(default)s)")
     shapes.add_argument("--size", type=int, default=32, help="height and width in pixels, even (%(default)s)")

@@ -1,6 +1,6 @@
 """Sample clips from captions: an mp4 and a gif each, and one contact sheet.
 
-    python tools/sample.py exports/quickstart out --prompt "a red circle moves left on a blue background" --seed 7
+    python tools/sample.py exports/quickstart out --prompt "a red circle moves left" --seed 7
     python tools/sample.py exports/quickstart out --prompts-file captions.txt --sampler dpmpp --steps 20 --guidance 5
     deepspeed --num_gpus 2 tools/sample.py exports/quickstart out --prompts-file requests.jsonl      (two ranks)
     python tools/sample.py exports/short_sky out --clips 8                            (a model without text)

@@ -72,6 +72,9 @@ class TextUNetConfig(ModelSection):
     scale_shift: bool = False
     """Whether the time embedding scales and shifts the norms of residual blocks (arXiv 2105.05233) rather than being
     added. LVDM's text model: false."""
+    coordinates: bool = False
+    """Tell the network where in time, height and width a value lies, by nine more input channels (arXiv 1807.03247) and
+    by adding the frame's place to the time embedding, so that "left" can be learnt early. LVDM: false."""
     norm_groups: PositiveInt = 32
     """Groups of the group norms; must divide ``model_channels``."""
     norm_over: Literal["clip", "frame"] = "clip"

@@ -283,6 +283,21 @@ class ValidationConfig(Section):
     """Held-out samples used, the first ones of the index."""
 
 
+class PreviewConfig(Section):
+    """Clips sampled while training, with the averaged weights, to watch on TensorBoard and on the run page."""
+
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)]
+    """A clip each; empty captions for a network that reads no text."""
+    every: PositiveInt = 1000
+    """Steps between previews; one more is sampled at the end."""
+    steps: PositiveInt = 20
+    """Sampler steps (DDIM, for flow Euler's)."""
+    guidance: float = 5.0
+    """Scale of classifier-free guidance, 1 for none."""
+    fps: PositiveInt = 8
+    """Frames a second of the clips."""
+
+
 class TrainingConfig(Section):
     """What every training run has."""
 
@@ -332,6 +347,8 @@ class LatentDiffusionTraining(TrainingConfig):
     """The frozen text encoder, for a network that reads text."""
     given: GivenFramesConfig | None = None
     """Which frames are given, for a network with a mask channel."""
+    preview: PreviewConfig | None = None
+    """Clips sampled while training; none without this section."""
     latent_stride: PositiveInt = 1
     """The network sees every so many frames of a latent clip. LVDM's prediction model works on every fourth."""
 
@@ -342,6 +359,11 @@ class LatentDiffusionTraining(TrainingConfig):
             raise ValueError(
                 f"text: a {self.model.kind} {'needs' if reads_text else 'reads no text, so leave out'} this section"
             )
+        if self.preview is not None:
+            if self.given is not None:
+                raise ValueError("preview: cannot sample a model of given frames; leave out this section")
+            if not reads_text and any(self.preview.prompts):
+                raise ValueError(f"preview.prompts: a {self.model.kind} reads no text; give empty captions")
         masked = isinstance(self.model, SpaceTimeUNetConfig) and self.model.mask_channel
         if masked != (self.given is not None):
             raise ValueError(f"given: {'needed by' if masked else 'useless without'} model.mask_channel")

@@ -100,6 +100,13 @@ def gather_json(value: Any, device: torch.device) -> list[Any]:
     return [json.loads(bytes(row[: int(n)].cpu().numpy().tobytes())) for row, n in zip(received, lengths, strict=True)]
 
 
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Row i of every rank, then row i + 1: the rows ``[N * world, ...]`` that ranks took turns in, on every rank."""
+    received = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(received, rows.contiguous())
+    return torch.stack(received, dim=1).flatten(0, 1)
+
+
 def together(action: Callable[[], T], device: torch.device) -> T:
     """Run ``action`` on every rank; a `UserError` on any rank is raised on all, so that none waits for the others."""
     message, result = "", None

@@ -1,8 +1,8 @@
-"""What a clip of moving shapes shows, measured from its pixels: shape, colour, motion and background.
+"""What a clip of moving shapes shows, measured from its pixels: shape, colour and motion.
 
 No network and nothing learnt: the background is the colour of the border, the ink the colour that differs most from
 it, the shape the template (`lvdm.synthetic.template`) that explains the pixels best, its places the path, and the
-path's spread the motion. A clip that no template explains shows nothing, which is never right.
+path's spread the motion. A clip that no template explains, or not over black, shows nothing, which is never right.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lvdm.synthetic import BACKGROUNDS, COLORS, RADII, SHAPES, Combination, template
+from lvdm.synthetic import BACKGROUND, COLORS, RADII, SHAPES, Combination, template
 
 _LEAST_CONTRAST = 40.0  # distance in RGB below which nothing stands out from the background
+_FARTHEST_FROM_BLACK = 60.0  # distance in RGB of a background; true ones are within 14
 _INK_QUANTILE = 0.97  # the smallest shape covers 7 % of a frame
 _LARGEST_RESIDUAL = 0.5  # share of the ink's energy that the best template may leave unexplained
 _ROUND = 0.5  # ratio of the path's smaller to its larger spread: 1 on a circle, 0 on a line
@@ -32,7 +33,6 @@ class Seen:
     shape: str = ""
     color: str = ""
     motion: str = ""
-    background: str = ""
 
 
 def look(frames_THWC: np.ndarray) -> Seen:
@@ -40,18 +40,17 @@ def look(frames_THWC: np.ndarray) -> Seen:
     frames = frames_THWC.astype(np.float64)
     paper = np.median(np.concatenate([frames[:, [0, -1]].reshape(-1, 3), frames[:, :, [0, -1]].reshape(-1, 3)]), axis=0)
     contrast_THW = np.linalg.norm(frames - paper, axis=-1)
-    background = _nearest(paper, BACKGROUNDS)
     threshold = float(np.quantile(contrast_THW, _INK_QUANTILE))
-    if threshold < _LEAST_CONTRAST:
-        return Seen(background=background)
+    if threshold < _LEAST_CONTRAST or np.linalg.norm(paper - np.array(BACKGROUND)) > _FARTHEST_FROM_BLACK:
+        return Seen()
     ink = np.median(frames[contrast_THW >= threshold], axis=0)
     color = _nearest(ink, COLORS)
     along = ink - paper
     coverage_THW = np.clip((frames - paper) @ along / (along @ along), 0, 1)
     shape, residual, path_T2 = _best_template(coverage_THW)
     if residual > _LARGEST_RESIDUAL:
-        return Seen(color=color, background=background)
-    return Seen(shape, color, _motion(path_T2), background)
+        return Seen(color=color)
+    return Seen(shape, color, _motion(path_T2))
 
 
 def _nearest(color: np.ndarray, named: Mapping[str, tuple[int, int, int]]) -> str:
@@ -143,11 +142,11 @@ class Score:
         return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
-ASPECTS = ("shape", "color", "motion", "background")
+ASPECTS = ("shape", "color", "motion")
 
 
 def scores(seen: Sequence[Seen], wanted: Sequence[Combination]) -> dict[str, Score]:
-    """By aspect, and as ``everything`` all four of a clip at once, how many clips show what was wanted."""
+    """By aspect, and as ``everything`` all three of a clip at once, how many clips show what was wanted."""
     rows = [
         [getattr(one, aspect) == getattr(other, aspect) for aspect in ASPECTS]
         for one, other in zip(seen, wanted, strict=True)

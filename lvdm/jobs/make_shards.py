@@ -108,7 +108,6 @@ def make_shapes(
                 "shape": combination.shape,
                 "color": combination.color,
                 "motion": combination.motion,
-                "background": combination.background,
             }
             info = VideoInfo(frames=frames, fps=fps, width=size, height=size, duration=frames / fps)
             key = sample_key(number // shard_size, number % shard_size, shard_size)

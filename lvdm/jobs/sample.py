@@ -13,23 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from lvdm.data.decode import decode_frames, probe
-from lvdm.errors import BadSample, UserError
+from lvdm.clip_folder import RECORD_NAME, SHEET_NAME, clip_name, write_clip, write_sheet
+from lvdm.errors import UserError
 from lvdm.jobs.progress import progress_line, silent
-from lvdm.media import contact_sheet, write_gif, write_mp4
 from lvdm.storage import read_json, write_json
 
 if TYPE_CHECKING:  # torch takes seconds to import, and bad requests are refused without it
     from lvdm.diffusion.samplers import Sampler
     from lvdm.engine.environment import World
-
-RECORD_NAME = "samples.json"
-"""What was sampled and how."""
-SHEET_NAME = "contact_sheet.png"
-_WATCHABLE = 128
-"""Height in pixels to which smaller clips are enlarged by whole multiples."""
 
 _PATIENCE = 3600.0
 """Seconds that a rank waits for the others, which may have a batch more to sample."""
@@ -108,14 +99,9 @@ def sample_folder(model: str, out: Path, requests: Sequence[Request], settings: 
             distributed.stop()
     if world.rank == 0:
         if settings.rows:
-            _write_sheet(out, requests, settings.rows)
+            write_sheet(out, [request.prompt for request in requests], settings.rows)
         formats = "mp4 and gif" if settings.gif else "mp4"
         print(f"{out}: {len(requests)} clips as {formats}{f', {SHEET_NAME}' if settings.rows else ''}")
-
-
-def clip_name(number: int) -> str:
-    """File of a clip."""
-    return f"clip-{number:04d}.mp4"
 
 
 def _record(model: str, out: Path, requests: Sequence[Request], settings: Settings) -> dict[str, Any]:
@@ -163,7 +149,7 @@ def _sample_share(model: str, out: Path, requests: Sequence[Request], settings: 
             if turn == 0:  # not before something fits; every rank writes the same
                 _begin(out, record)
             for number, clip in enumerate(clips_BTHWC, start=start):
-                _write_clip(out / clip_name(number), clip, settings)
+                write_clip(out / clip_name(number), clip, settings.fps, gif=settings.gif)
 
 
 def _begin(out: Path, record: dict[str, Any]) -> None:
@@ -172,30 +158,6 @@ def _begin(out: Path, record: dict[str, Any]) -> None:
         write_json(out / RECORD_NAME, record)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from None
-
-
-def _write_clip(path: Path, clip_THWC: np.ndarray, settings: Settings) -> None:
-    scale = max(1, _WATCHABLE // clip_THWC.shape[1])
-    if settings.gif:
-        write_gif(path.with_suffix(".gif"), clip_THWC, settings.fps, scale=scale)
-    write_mp4(path, clip_THWC, settings.fps, scale=scale)
-
-
-def _write_sheet(out: Path, requests: Sequence[Request], rows: int) -> None:
-    """The contact sheet of the clips in a folder, of ``rows`` of them evenly chosen."""
-    shown = np.linspace(0, len(requests) - 1, min(rows, len(requests))).round().astype(int)
-    clips = [read_clip(out / clip_name(int(number))) for number in shown]
-    contact_sheet(out / SHEET_NAME, clips, [requests[int(number)].prompt for number in shown])
-
-
-def read_clip(path: Path) -> np.ndarray:
-    """All frames of a video file, uint8 ``THWC``. Raises `UserError`."""
-    try:
-        data = path.read_bytes()
-        info = probe(data)
-        return decode_frames(data, range(info.frames), info.height, info.width)
-    except (OSError, BadSample) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
 
 
 def _complete(out: Path, start: int, total: int, settings: Settings) -> bool:

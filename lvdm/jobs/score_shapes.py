@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ import numpy as np
 import torch
 
 import lvdm
+from lvdm.clip_folder import read_clip, read_record
 from lvdm.errors import UserError
 from lvdm.evaluation.shapes import Score, Seen, look, scores
 from lvdm.inference import VideoModel, float_to_frames, frames_to_float, load
 from lvdm.jobs.progress import Report
-from lvdm.jobs.sample import RECORD_NAME, read_clip
 from lvdm.models.video_autoencoder import split_moments
 from lvdm.synthetic import HELD_OUT, Combination, caption, combinations, render
 
@@ -36,12 +35,14 @@ def score_folder(folder: Path, progress: Report) -> dict[str, Any]:
         UserError: the folder was not written by ``tools/sample.py``, a clip is missing, a caption is of no moving
             shape, or the model is gone.
     """
-    record = _read_record(folder)
+    record = read_record(folder)
+    if not isinstance(record.get("model"), str):
+        raise UserError(f"{folder} names no model that its clips are of; sample them with tools/sample.py")
     model = load(record["model"])
     wanted = [_combination(clip["prompt"], folder) for clip in record["clips"]]
     seen, ceiling = [], []
     for number, (clip, combination) in enumerate(zip(record["clips"], wanted, strict=True), start=1):
-        seen.append(look(shrink(read_clip(folder / Path(clip["file"]).name))))
+        seen.append(look(shrink(read_clip(folder / clip["file"]))))
         ceiling.append(look(shrink(round_trip(model, _true_clip(model, combination)))))
         progress(number, len(wanted))
     unseen = [combination in HELD_OUT for combination in wanted]
@@ -89,18 +90,6 @@ def _true_clip(model: VideoModel, combination: Combination) -> np.ndarray:
         raise UserError("the model's config has no data.video, so the clips it was trained on are not known")
     clip = source.clip
     return render(combination, _CEILING_SEED, clip.frames * clip.stride, clip.height)[:: clip.stride]
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
-    path = folder / RECORD_NAME
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        assert all(isinstance(clip["prompt"], str) and isinstance(clip["file"], str) for clip in record["clips"])
-        assert isinstance(record["model"], str)
-        assert record["clips"]
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
-        raise UserError(f"{folder} was not written by tools/sample.py: there is no good {path.name} in it") from None
-    return dict(record)
 
 
 def _combination(prompt: str, folder: Path) -> Combination:

@@ -1,4 +1,4 @@
-"""Sinusoidal embedding of the diffusion time."""
+"""Sinusoidal embedding of the diffusion time, and of places in a clip."""
 
 from __future__ import annotations
 
@@ -16,3 +16,22 @@ def timestep_embedding(t_B: Tensor, channels: int, max_period: float = 10000.0) 
     angles = t_B.float()[:, None] * frequencies
     embedding = torch.cat([angles.cos(), angles.sin()], dim=1)
     return torch.nn.functional.pad(embedding, (0, channels % 2))
+
+
+PLACE_CHANNELS = 3
+"""Channels of `places`."""
+
+
+def places(length: int, like: Tensor) -> Tensor:
+    """``[length, 3]``: the places x in -1..1 along an axis, sin(pi x) and cos(pi x), of the type of ``like``."""
+    x = torch.linspace(-1, 1, length, dtype=like.dtype, device=like.device)
+    return torch.stack([x, torch.sin(math.pi * x), torch.cos(math.pi * x)], dim=1)
+
+
+def along_axes(t_TP: Tensor, h_HP: Tensor, w_WP: Tensor) -> Tensor:
+    """`places` along time, height and width as ``[9, T, H, W]``."""
+    sides = (len(t_TP), len(h_HP), len(w_WP))
+    t = t_TP.T[:, :, None, None].expand(-1, *sides)
+    h = h_HP.T[:, None, :, None].expand(-1, *sides)
+    w = w_WP.T[:, None, None, :].expand(-1, *sides)
+    return torch.cat([t, h, w])

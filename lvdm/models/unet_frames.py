@@ -87,8 +87,10 @@ class FrameUNet(nn.Module):
         embedding_BE: Tensor = self.time_embed(timestep_embedding(t_B, self.model_channels).to(like.dtype))
         return embedding_BE
 
-    def through(self, z_BCTHW: Tensor, embedding_BE: Tensor, *context: Any) -> Tensor:
+    def through(self, z_BCTHW: Tensor, embedding_BTE: Tensor, *context: Any) -> Tensor:
         """Down, across and up: the output ``[B, C, T, H, W]``; attention is given ``context`` behind its tokens.
+
+        The embedding has a row for each frame, or one for all.
 
         Raises:
             UserError: height or width is no multiple of the UNet's downsampling.
@@ -97,16 +99,16 @@ class FrameUNet(nn.Module):
         if h % self.factor or w % self.factor:
             raise UserError(f"latents of {h}x{w} do not fit a UNet that halves {self.factor.bit_length() - 1} times: "
                             f"height and width must be multiples of {self.factor}")  # fmt: skip
-        embedding_BE = F.silu(embedding_BE)  # every residual block starts with it
+        embedding_BTE = F.silu(embedding_BTE)  # every residual block starts with it
         x_NCHW = rearrange(z_BCTHW, "b c t h w -> (b t) h w c").permute(0, 3, 1, 2)
         skips = []
         for block in self.input_blocks:
-            x_NCHW = block(x_NCHW, embedding_BE, *context)
+            x_NCHW = block(x_NCHW, embedding_BTE, *context)
             skips.append(x_NCHW)
         for block in self.middle_blocks:
-            x_NCHW = block(x_NCHW, embedding_BE, *context)
+            x_NCHW = block(x_NCHW, embedding_BTE, *context)
         for block in self.output_blocks:
-            x_NCHW = block(join_channels(x_NCHW, skips.pop()), embedding_BE, *context)
+            x_NCHW = block(join_channels(x_NCHW, skips.pop()), embedding_BTE, *context)
         x_NCHW = self.conv_out(self.norm_out(x_NCHW, t))
         return rearrange(x_NCHW, "(b t) c h w -> b c t h w", t=t)
 
@@ -130,9 +132,9 @@ class Stage(nn.Module):
         self.transformer = attention
         self.conv = conv
 
-    def forward(self, x_NCHW: Tensor, embedding_BE: Tensor, *context: Any) -> Tensor:
+    def forward(self, x_NCHW: Tensor, embedding_BTE: Tensor, *context: Any) -> Tensor:
         if self.res is not None:
-            x_NCHW = self.res(x_NCHW, embedding_BE)
+            x_NCHW = self.res(x_NCHW, embedding_BTE)
         if self.transformer is not None:
             x_NCHW = self.transformer(x_NCHW, *context)
         if self.conv is not None:
@@ -166,9 +168,9 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
         zero_init(self.conv2)
 
-    def forward(self, x_NCHW: Tensor, embedding_BE: Tensor) -> Tensor:
-        frames = x_NCHW.shape[0] // embedding_BE.shape[0]
-        embedding_NC11 = self.embed(embedding_BE).repeat_interleave(frames, dim=0)[:, :, None, None]
+    def forward(self, x_NCHW: Tensor, embedding_BTE: Tensor) -> Tensor:
+        frames = x_NCHW.shape[0] // embedding_BTE.shape[0]
+        embedding_NC11 = self.embed(embedding_BTE).expand(-1, frames, -1).flatten(0, 1)[:, :, None, None]
         h_NCHW = self.conv1(self.norm1(x_NCHW, frames))
         if self.scale_shift:
             scale_NC11, shift_NC11 = embedding_NC11.chunk(2, dim=1)

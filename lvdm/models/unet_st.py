@@ -83,7 +83,7 @@ class SpaceTimeUNet(FrameUNet):
         if mask_B1THW is not None:
             b, _, t, h, w = z_BCTHW.shape
             z_BCTHW = torch.cat([z_BCTHW, mask_B1THW.to(z_BCTHW.dtype).expand(b, 1, t, h, w)], dim=1)
-        return self.through(z_BCTHW, embedding_BE, z_BCTHW.shape[2])
+        return self.through(z_BCTHW, embedding_BE[:, None], z_BCTHW.shape[2])
 
 
 class SpaceTimeAttention(nn.Module):

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from lvdm.models.attention import Attention, TemporalAttention
+from lvdm.models.embeddings import PLACE_CHANNELS, along_axes, places
 from lvdm.models.layers import FrameGroupNorm, GatedMLP, LayerNorm, NormOver, zero_init
 from lvdm.models.unet_frames import FrameUNet
 
@@ -35,12 +37,13 @@ class TextUNet(FrameUNet):
         relative_position: bool = True,
         pooled_text: bool = False,
         scale_shift: bool = False,
+        coordinates: bool = False,
         norm_groups: int = 32,
         norm_over: NormOver = "clip",
     ) -> None:
         max_distance = temporal_length if relative_position else None
         super().__init__(
-            channels_in=latent_channels,
+            channels_in=latent_channels + (3 * PLACE_CHANNELS if coordinates else 0),
             channels_out=latent_channels,
             model_channels=model_channels,
             channel_mult=channel_mult,
@@ -53,6 +56,7 @@ class TextUNet(FrameUNet):
             norm_over=norm_over,
             scale_shift=scale_shift,
         )
+        self.frame_embed = nn.Linear(PLACE_CHANNELS, 4 * model_channels) if coordinates else None
         self.text_embed = nn.Linear(context_dim, 4 * model_channels) if pooled_text else None
 
     def forward(self, z_BCTHW: Tensor, t_B: Tensor, text_BLD: Tensor, text_mask_BL: Tensor | None = None) -> Tensor:
@@ -71,7 +75,12 @@ class TextUNet(FrameUNet):
         embedding_BE = self.embed_time(t_B, like=z_BCTHW)
         if self.text_embed is not None:
             embedding_BE = embedding_BE + self.text_embed(_mean_over_text(text_BLD, text_mask_BL))
-        return self.through(z_BCTHW, embedding_BE, text_BLD, text_mask_BL)
+        embedding_BTE = embedding_BE[:, None]
+        if self.frame_embed is not None:
+            t, h, w = (places(side, like=z_BCTHW) for side in z_BCTHW.shape[2:])
+            embedding_BTE = embedding_BTE + self.frame_embed(t)
+            z_BCTHW = torch.cat([z_BCTHW, along_axes(t, h, w).expand(len(z_BCTHW), -1, -1, -1, -1)], dim=1)
+        return self.through(z_BCTHW, embedding_BTE, text_BLD, text_mask_BL)
 
 
 def _mean_over_text(text_BLD: Tensor, text_mask_BL: Tensor | None) -> Tensor:

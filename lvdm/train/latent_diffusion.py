@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from lvdm.config import LatentDiffusionTraining, OwnVAE, TextUNetConfig
+from lvdm.config import LatentDiffusionTraining, OwnVAE, PreviewConfig, TextUNetConfig
 from lvdm.data.batch import LatentBatch, VideoBatch
 from lvdm.data.latents import LatentSetInfo, agreed_latent_set
 from lvdm.diffusion.denoiser import Denoiser
 from lvdm.diffusion.masks import draw_given_frames
 from lvdm.diffusion.objective import diffusion_loss, draw_noise, draw_timesteps, quarter_means
 from lvdm.errors import UserError
-from lvdm.inference import frames_to_float, load_vae, own_vae_weights, read_scaling
+from lvdm.inference import VideoModel, frames_to_float, load_vae, own_vae_weights, read_scaling
 from lvdm.models.build import build_model
 from lvdm.models.frozen import FrozenTextEncoder, FrozenVAE, load_text_encoder
 from lvdm.models.video_autoencoder import sample_posterior
@@ -76,6 +76,10 @@ class LatentDiffusionTask:
                 f"model halves the latent {config.model.halvings} times, but its height and width "
                 f"{self.latent_shape[2:]} are not divisible by {smallest}"
             )
+        if config.preview is not None:  # it decodes, and encodes its captions
+            self._vae = self._vae or load_vae(config.vae, device, dtype, scaling=(self.scale, self.shift))
+            if config.text is not None:
+                self._text = self._text or load_text_encoder(config.text, device, dtype)
         self.model = build_model(config.model, config.run.seed)
 
     def facts(self) -> dict[str, Any]:
@@ -102,6 +106,23 @@ class LatentDiffusionTask:
                 before, counted = total.get(name, (0.0, 0.0))
                 total[name] = (before + value, counted + count)
         return total, None
+
+    def preview(self, network: torch.nn.Module, preview: PreviewConfig, rank: int, world: int) -> torch.Tensor:
+        """This rank's clips of ``preview.prompts``, uint8 ``BTHWC``: every ``world``-th from ``rank`` on.
+
+        Every rank makes as many, since ZeRO-3 computes together; beyond the last prompt it starts again at the first.
+        """
+        assert self._vae is not None
+        total = len(preview.prompts)
+        mine = [(rank + turn * world) % total for turn in range(-(-total // world))]
+        model = VideoModel(self.config, network, self._vae, self._text, self.latent_shape, self.device, self.dtype)
+        return model.sample(
+            [preview.prompts[number] for number in mine],
+            seeds=mine,
+            steps=preview.steps,
+            guidance=preview.guidance,
+            batch=self.config.batch.micro,
+        )
 
     def _loss_at(
         self, network: Callable[..., Any], encoded: Encoded, positions: list[int], t_B: torch.Tensor, seed: int

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from lvdm.config import AnyTraining, AutoencoderTraining, LatentDiffusionTraining
+from lvdm.config import AnyTraining, AutoencoderTraining, LatentDiffusionTraining, PreviewConfig
 from lvdm.data.batch import Replacement
 from lvdm.data.index import open_index
 from lvdm.data.loader import build_loader, build_validation_loader
 from lvdm.engine import distributed, saving, signals
 from lvdm.engine.checkpoint import Checkpoint
-from lvdm.engine.distributed import Ranks, gather_json, on_any_rank, together
+from lvdm.engine.distributed import Ranks, gather_json, gather_rows, on_any_rank, together
 from lvdm.engine.engine import Engine
 from lvdm.engine.optim import learning_rate
 from lvdm.errors import Requeue, UserError
@@ -71,6 +71,7 @@ def train(config: AnyTraining, stop: signals.StopRequest) -> None:
 
 
 def _train(config: AnyTraining, run: RunFolder, changes: list[str], ranks: Ranks, stop: signals.StopRequest) -> None:
+    began = time.perf_counter()
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     found, faults = saving.find_newest(run.checkpoints, ranks)
     task, taken = together(lambda: _build_task(config, ranks.device, dtype, found), ranks.device)
@@ -95,9 +96,13 @@ def _train(config: AnyTraining, run: RunFolder, changes: list[str], ranks: Ranks
         notes = [f"damaged checkpoint passed over: {fault}" for fault in faults]
         notes += [f"changed on resume: {change}" for change in changes]
         _announce(config, run, size, ranks, clock, [*notes, *taken])
-    writer = MetricsWriter(run.log, run.tensorboard, run.images, enabled=ranks.is_main, from_step=clock.step)
+    writer = MetricsWriter(
+        run.log, run.tensorboard, run.images, run.samples, enabled=ranks.is_main, from_step=clock.step
+    )
     means = Means(ranks.device)
     speed = Speedometer(clock.samples)
+    speed.spend("start", time.perf_counter() - began)
+    preview = config.preview if isinstance(config, LatentDiffusionTraining) else None
     replaced: list[Replacement] = []
     stopping = False
 
@@ -131,10 +136,14 @@ def _train(config: AnyTraining, run: RunFolder, changes: list[str], ranks: Ranks
             _check_bad_fraction(config, run, clock)
             stopping = on_any_rank(stop.received, ranks.device)
         if held_out and (last or clock.step % config.validation.every == 0):
-            with speed.paused():
+            with speed.paused("validation"):
                 _validate(config, task, engine, held_out, writer, clock.step)
+        if preview is not None and (last or clock.step % preview.every == 0):
+            with speed.paused("preview"):
+                assert isinstance(task, LatentDiffusionTask)
+                _preview(preview, task, engine, writer, clock.step)
         if saving_now or stopping:
-            with speed.paused():
+            with speed.paused("saving"):
                 saving.save(
                     run.checkpoints,
                     engine,
@@ -144,6 +153,8 @@ def _train(config: AnyTraining, run: RunFolder, changes: list[str], ranks: Ranks
                     config=config.model_dump(mode="json"),
                     keep=config.run.keep,
                 )
+        if stopping or last:
+            writer.scalars(clock.step, speed.spent())
         if stopping and not last:
             writer.close()
             raise Requeue(f"asked to, after step {clock.step}; everything is saved, go on with run.resume=auto")
@@ -230,6 +241,17 @@ def _validate(config: AnyTraining, task: Task, engine: Engine, samples: int, wri
         print(f"validation at step {step}: {shown}", flush=True)
 
 
+def _preview(
+    preview: PreviewConfig, task: LatentDiffusionTask, engine: Engine, writer: MetricsWriter, step: int
+) -> None:
+    """Sample the preview's captions with the averaged weights, by all ranks."""
+    ranks = engine.ranks
+    with engine.averaged_weights(), engine.evaluating():
+        clips_BTHWC = task.preview(engine, preview, ranks.rank, ranks.world)
+    everyones_BTHWC = gather_rows(clips_BTHWC.to(ranks.device)).cpu().numpy()
+    writer.clips(step, everyones_BTHWC[: len(preview.prompts)], preview.prompts, preview.fps)
+
+
 def _check_bad_fraction(config: AnyTraining, run: RunFolder, clock: Clock) -> None:
     # Some patience at the start, where a single bad sample is a large fraction.
     allowed = config.data.max_bad_fraction * max(clock.samples, 1000)
@@ -251,9 +273,10 @@ def _list_replaced(run: RunFolder, replaced: list[Replacement], ranks: Ranks) ->
 
 
 class Speedometer:
-    """Rates since the last report, leaving out validation and saving."""
+    """Rates since the last report, leaving out what it is `paused` for, and where the time went."""
 
     def __init__(self, samples: int) -> None:
+        self._spent: dict[str, float] = {}
         self._samples = samples
         self._since = time.perf_counter()
         self._waited = 0.0
@@ -278,16 +301,30 @@ class Speedometer:
             "data_wait_fraction": self._waited / seconds,
             "seconds_left": (total - samples) / rate,
         }
+        self.spend("training", seconds - self._waited)
+        self.spend("data_wait", self._waited)
         self._samples, self._waited = samples, 0.0
         self._since = time.perf_counter()
-        return values
+        return values | self.spent()
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave the time inside the block out of the rates."""
+    def paused(self, name: str) -> Iterator[None]:
+        """Leave the time inside the block out of the rates; it goes into ``name``."""
         begin = time.perf_counter()
         yield
-        self._since += time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        self._since += seconds
+        self.spend(name, seconds)
+
+    def spend(self, name: str, seconds: float) -> None:
+        """Count seconds as gone into ``name``."""
+        self._spent[name] = self._spent.get(name, 0.0) + seconds
+
+    def spent(self) -> dict[str, float]:
+        """Seconds by what they went into since the last call, as ``seconds/NAME``."""
+        taken = {f"seconds/{name}": seconds for name, seconds in self._spent.items()}
+        self._spent.clear()
+        return taken
 
 
 def _announce(config: AnyTraining, run: RunFolder, size: str, ranks: Ranks, clock: Clock, notes: list[str]) -> None:

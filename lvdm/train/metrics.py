@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
+from lvdm.clip_folder import RECORD_NAME, SHEET_NAME, clip_name, write_clip, write_sheet
 from lvdm.engine.distributed import sum_over_ranks
-from lvdm.storage import write_text
+from lvdm.media import gif_bytes, side_by_side
+from lvdm.storage import new_folder, write_json, write_text
 
 Sums = dict[str, tuple[torch.Tensor, torch.Tensor | float]]
 """By name: the sum of a quantity (a scalar on the device) and the number of things summed."""
@@ -44,9 +49,11 @@ class Means:
 class MetricsWriter:
     """TensorBoard and one JSON line per log step; silent on all ranks but the main one."""
 
-    def __init__(self, log: Path, tensorboard: Path, images: Path, enabled: bool, from_step: int) -> None:
+    def __init__(
+        self, log: Path, tensorboard: Path, images: Path, samples: Path, enabled: bool, from_step: int
+    ) -> None:
         """Lines of steps after ``from_step``, which a run that goes on will do again, are dropped from the log."""
-        self._images = images
+        self._images, self._samples = images, samples
         self._tensorboard = SummaryWriter(str(tensorboard), purge_step=from_step + 1) if enabled else None
         if enabled:
             if log.exists():
@@ -71,6 +78,28 @@ class MetricsWriter:
 
         self._tensorboard.add_image(name, picture_HWC, step, dataformats="HWC")
         Image.fromarray(picture_HWC).save(self._images / f"{name}-{step:08d}.png")
+
+    def clips(self, step: int, clips_BTHWC: np.ndarray, prompts: Sequence[str], fps: int) -> None:
+        """Write uint8 clips to ``samples/step-STEP``, and their contact sheet and a film of all to TensorBoard."""
+        if self._tensorboard is None:
+            return
+        from PIL import Image
+
+        folder = self._samples / f"step-{step:08d}"
+        shutil.rmtree(folder, ignore_errors=True)  # of an attempt that ended before its checkpoint
+        with new_folder(folder) as scratch:
+            for number, clip in enumerate(clips_BTHWC):
+                write_clip(scratch / clip_name(number), clip, fps, gif=False)
+            named = [{"prompt": prompt, "file": clip_name(number)} for number, prompt in enumerate(prompts)]
+            write_json(scratch / RECORD_NAME, {"step": step, "fps": fps, "clips": named})
+            write_sheet(scratch, prompts, rows=len(prompts))
+        sheet = np.asarray(Image.open(folder / SHEET_NAME))
+        self._tensorboard.add_image("samples", sheet, step, dataformats="HWC")
+        film = side_by_side(clips_BTHWC)
+        picture = Summary.Image(height=film.shape[1], width=film.shape[2], colorspace=3)
+        picture.encoded_image_string = gif_bytes(film, fps)  # TensorBoard plays it; torch's add_video needs moviepy
+        summary = Summary(value=[Summary.Value(tag="samples_playing", image=picture)])
+        self._tensorboard.file_writer.add_summary(summary, step)
 
     def close(self) -> None:
         """Flush everything."""

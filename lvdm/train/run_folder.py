@@ -4,7 +4,7 @@ config.yaml          the resolved config of the last start
 environment.json     versions, git state, command and ranks of the last start
 log.jsonl            one line per log step
 replaced.jsonl       samples that others stand in for, with the reason
-tensorboard/  images/  checkpoints/
+tensorboard/  images/  samples/  checkpoints/
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class RunFolder:
         self.log = self.path / "log.jsonl"
         self.replaced = self.path / "replaced.jsonl"
         self.images = self.path / "images"
+        self.samples = self.path / "samples"
         self.tensorboard = self.path / "tensorboard"
 
     def enter(self) -> list[str]:

@@ -159,7 +159,7 @@ def write_back(source: Source, entries: Iterable[Entry]) -> dict[str, LazyTensor
 
 def check_plain(config: Mapping[str, Any]) -> None:
     """Raise `Mismatch` where a ``text_unet`` has parts that LVDM's and Stable Diffusion's do not have."""
-    extra = [f"model.{name}" for name in ("pooled_text", "scale_shift") if config.get(name)]
+    extra = [f"model.{name}" for name in ("pooled_text", "scale_shift", "coordinates") if config.get(name)]
     if extra:
         raise Mismatch(f"the layout has no place for {' and '.join(extra)}")
 

@@ -110,12 +110,12 @@ def test_true_clips_written_as_samples_are_right_and_reported_by_part(export: st
     assert scores["unseen"]["shape"]["of"] == sum(c in HELD_OUT for c in shown) > 0
     assert scores["trained"]["shape"]["of"] + scores["unseen"]["shape"]["of"] == len(shown)
     assert scores["chance"]["color"] < 0.5
-    assert scores["ceiling"]["background"]["of"] == len(shown)
+    assert scores["ceiling"]["shape"]["of"] == len(shown)
     assert scores["sampling"] == {"model": export, "steps": 2}
 
     clips[0]["prompt"] = "a dog"
     write_json(tmp_path / "samples.json", {"model": export, "clips": clips})
     with pytest.raises(UserError, match="'a dog' is no caption of moving shapes, such as 'a red circle"):
         score_folder(tmp_path, silent)
-    with pytest.raises(UserError, match=r"was not written by tools/sample.py: there is no good samples\.json"):
+    with pytest.raises(UserError, match=r"was not written by tools/sample.py: lists no clips"):
         score_folder(Path(export), silent)

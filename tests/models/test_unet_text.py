@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lvdm.errors import UserError
+from lvdm.models.embeddings import along_axes, places
 from lvdm.models.unet_text import TextUNet
 from tests.models.formula import expected, fill_by_formula, formula_input, lvdm_text_unet_key
 
@@ -115,10 +116,10 @@ def test_every_weight_takes_part(relative):
     assert any("relative_k" in name for name, _ in model.named_parameters()) == relative
 
 
-def test_pooled_text_and_scale_shift_take_part_and_see_no_padding():
+def test_pooled_text_scale_shift_and_coordinates_take_part_and_see_no_padding():
     model = TextUNet(
         model_channels=16, channel_mult=(1, 1), res_blocks=1, attention_levels=(), heads=2, context_dim=24,
-        norm_groups=8, pooled_text=True, scale_shift=True,
+        norm_groups=8, pooled_text=True, scale_shift=True, coordinates=True,
     )  # fmt: skip
     with torch.no_grad():
         for parameter in model.parameters():
@@ -131,6 +132,18 @@ def test_pooled_text_and_scale_shift_take_part_and_see_no_padding():
     assert (model(z, t, text) - model(z, t, text.flip(0))).abs().max() > 1e-4
     model(z, t, text).square().mean().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_places_along_time_height_and_width():
+    like = torch.zeros(())
+    maps = along_axes(places(3, like), places(5, like), places(9, like))
+    assert maps.shape == (9, 3, 5, 9)
+    t, h, w = maps[0], maps[3], maps[6]
+    assert t[:, 0, 0].tolist() == [-1, 0, 1]
+    assert h[0, :, 0].tolist() == [-1, -0.5, 0, 0.5, 1]
+    assert w[0, 0, [0, 4, 8]].tolist() == [-1, 0, 1]
+    torch.testing.assert_close(maps[[1, 4, 7]], torch.sin(torch.pi * torch.stack([t, h, w])))
+    torch.testing.assert_close(maps[[2, 5, 8]], torch.cos(torch.pi * torch.stack([t, h, w])))
 
 
 def test_latent_size_that_does_not_fit_is_refused(unet):

@@ -130,7 +130,7 @@ def test_what_is_no_such_model_is_one_line(folder, ckpt, tmp_path):
         inflate(folder)
 
 
-@pytest.mark.parametrize("part", ["pooled_text", "scale_shift"])
+@pytest.mark.parametrize("part", ["pooled_text", "scale_shift", "coordinates"])
 def test_parts_that_the_layout_has_no_place_for_are_not_left_out_in_silence(folder: Path, part: str) -> None:
     inflation = inflate(folder)
     with pytest.raises(UserError, match=rf"no 2-D part .*: the layout has no place for model\.{part}"):
