@@ -5,17 +5,21 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help demo test lint clean
+.PHONY: help demo learn test lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   install, then videos -> shards -> autoencoder -> latents -> text-to-video -> samples in ./demo"
+	@echo "make learn  the same chain for an hour, in ./learn: shapes, colours and motions follow the caption"
 	@echo "make test   install, then run the test suite"
 	@echo "make lint   install, then ruff and mypy"
 	@echo "make clean  remove ./demo and .venv"
 
 demo: .venv/installed-demo
 	$(BIN)/python tools/demo.py
+
+learn: .venv/installed-demo
+	$(BIN)/python tools/demo.py --learn
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest

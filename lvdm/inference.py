@@ -114,7 +114,7 @@ class VideoModel:
     def __init__(
         self,
         config: LatentDiffusionTraining,
-        network: torch.nn.Module,
+        network: Callable[..., torch.Tensor],
         vae: FrozenVAE,
         text: FrozenTextEncoder | None,
         latent_shape: tuple[int, ...],

@@ -70,7 +70,8 @@ def write_gif(path: str | Path, frames_THWC: np.ndarray, fps: float, *, scale: i
     All frames share one palette and nothing is dithered, so colours stand still where the clip does. See `write_mp4`
     for the arguments and errors; a gif's clock has hundredths of a second, kept right on average.
     """
-    _write_atomically(Path(path), lambda target: target.write_bytes(gif_bytes(enlarge(frames_THWC, scale), fps)))
+    buffer = io.BytesIO(gif_bytes(enlarge(frames_THWC, scale), fps))
+    _write_atomically(Path(path), lambda target: _dump(target, buffer))
 
 
 def gif_bytes(frames_THWC: np.ndarray, fps: float) -> bytes:

@@ -107,7 +107,7 @@ class LatentDiffusionTask:
                 total[name] = (before + value, counted + count)
         return total, None
 
-    def preview(self, network: torch.nn.Module, preview: PreviewConfig, rank: int, world: int) -> torch.Tensor:
+    def preview(self, network: Callable[..., Any], preview: PreviewConfig, rank: int, world: int) -> torch.Tensor:
         """This rank's clips of ``preview.prompts``, uint8 ``BTHWC``: every ``world``-th from ``rank`` on.
 
         Every rank makes as many, since ZeRO-3 computes together; beyond the last prompt it starts again at the first.

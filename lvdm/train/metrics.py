@@ -99,6 +99,7 @@ class MetricsWriter:
         picture = Summary.Image(height=film.shape[1], width=film.shape[2], colorspace=3)
         picture.encoded_image_string = gif_bytes(film, fps)  # TensorBoard plays it; torch's add_video needs moviepy
         summary = Summary(value=[Summary.Value(tag="samples_playing", image=picture)])
+        assert self._tensorboard.file_writer is not None
         self._tensorboard.file_writer.add_summary(summary, step)
 
     def close(self) -> None:
