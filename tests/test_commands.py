@@ -43,7 +43,7 @@ def write_config(tree: dict, path: Path) -> str:
         ((TRAIN, "--config", "missing.yaml"), "train: error: cannot read config missing.yaml: No such file"),
         ((TRAIN, "--config", QUICKSTART, "run.stepz=1"), "run.stepz: unknown key; did you mean steps?"),
         ((TRAIN, "--config", QUICKSTART, "engine.zero_stage=0"), "engine.zero_stage: stage 0 is refused"),
-        ((TRAIN, "--config", QUICKSTART, "batch.size=12"), "batch.size 12 is not divisible by batch.micro 8 x 1 rank"),
+        ((TRAIN, "--config", QUICKSTART, "batch.size=10"), "batch.size 10 is not divisible by batch.micro 4 x 1 rank"),
         ((TRAIN, "--config", QUICKSTART, "run.resume=must"), "run.resume=must, but demo/runs/diffusion holds no run"),
         (("tools/sample.py", "nowhere", "out", "--prompt", "x"), "sample: error: nowhere is not an exported model"),
         (("tools/sample.py", "nowhere", "out"), "no captions: give --prompt or --prompts-file"),
@@ -55,6 +55,8 @@ def write_config(tree: dict, path: Path) -> str:
         (("tools/import_checkpoint.py", "nowhere", "out", "--scaling", "2"), "'2' is not of the form SCALE,SHIFT"),
         (("tools/index_shards.py", "nowhere"), "nowhere"),
         (("tools/encode_latents.py", "--config", QUICKSTART), "demo/shards/shapes/train"),
+        (("tools/report.py", "nowhere"), "report: error: nowhere is no run folder: it has no config.yaml"),
+        (("tools/show_config.py",), "show_config: error: give a config to show, or --reference"),
         (("tools/make_shards.py", "folder", "--videos", "nowhere", "--out", "out"), "nowhere"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -131,6 +133,7 @@ def test_demo_chain_at_toy_length(tmp_path: Path) -> None:
         "export",
         "samples",
         "scores",
+        "report",
     ):
         assert made in done.stdout
     assert "tensorboard --logdir demo/runs" in done.stdout
@@ -142,7 +145,12 @@ def test_demo_chain_at_toy_length(tmp_path: Path) -> None:
     assert sheet.std() > 5
     again = call(sys.executable, str(ROOT / "tools/demo.py"), "--toy", cwd=tmp_path)
     assert again.returncode == 0
-    assert again.stdout.count("already there") == 10
+    assert again.stdout.count("already there") == 11
     scores = json.loads((demo / "scores.json").read_text())
     assert scores["all"]["shape"]["of"] == scores["trained"]["shape"]["of"] + scores["unseen"]["shape"]["of"] == 4
     assert scores["ceiling"]["shape"]["of"] == 4
+    result = json.loads((demo / "result.json").read_text())
+    assert result["scores"] == scores
+    assert len(result["commands"]) == len(result["seconds"]) - 1 == 11
+    assert (demo / "report.html").read_text().count("<video ") == 4
+    assert Image.open(demo / "curves.png").size[0] > 500

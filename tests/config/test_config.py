@@ -23,6 +23,7 @@ from lvdm.config import (
     read_tree,
     sections,
 )
+from lvdm.config.reference import reference
 from lvdm.engine.deepspeed_config import accumulation_steps, deepspeed_config
 from lvdm.errors import UserError
 from lvdm.models.build import build_model, parameter_count
@@ -144,3 +145,10 @@ def test_values_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         config.optim.lr = 1.0
     assert isinstance(config, AnyTraining)
+
+
+def test_the_reference_of_all_settings_is_current() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "config.md").read_text(encoding="utf-8")
+    assert page == reference(), "run: python tools/show_config.py --reference > docs/config.md"
+    for setting in ("run.folder", "data.video.clip.stride", "optim.betas", "preview.prompts", "vae.subfolder"):
+        assert page.count(f"| `{setting}` |") == 1
