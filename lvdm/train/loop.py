@@ -79,7 +79,7 @@ def _train(config: AnyTraining, run: RunFolder, changes: list[str], ranks: Ranks
     if config.model.trainable:
         size += f", of which {parameter_count(task.model, learning=True) / 1e6:.2f} M learn"
     if config.engine.activation_checkpointing:
-        checkpoint_blocks(task.model.remat_blocks())
+        checkpoint_blocks(task.model.remat_blocks(), config.engine.checkpoint_every)
     engine = Engine(task.model.to(ranks.device), config.engine, config.batch, config.optim, ranks)
 
     clock = Clock()

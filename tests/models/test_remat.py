@@ -68,6 +68,14 @@ def test_same_loss_gradients_and_names_with_less_memory(fixture, loss, request):
     assert saved_bytes(wrapped, loss) < 0.4 * saved_bytes(plain, loss)
 
 
+def test_every_second_block_alone_saves_less_and_changes_nothing(unet):
+    plain, half, whole = unet, copy.deepcopy(unet), copy.deepcopy(unet)
+    checkpoint_blocks(half.remat_blocks(), every=2)
+    checkpoint_blocks(whole.remat_blocks())
+    assert torch.equal(unet_loss(plain), unet_loss(half))
+    assert saved_bytes(whole, unet_loss) < saved_bytes(half, unet_loss) < saved_bytes(plain, unet_loss)
+
+
 def test_keyword_arguments_and_no_grad():
     class Scale(nn.Module):
         calls = 0
