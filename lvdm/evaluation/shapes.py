@@ -18,10 +18,10 @@ from lvdm.synthetic import BACKGROUND, COLORS, RADII, SHAPES, Combination, templ
 
 _LEAST_CONTRAST = 40.0  # distance in RGB below which nothing stands out from the background
 _FARTHEST_FROM_BLACK = 60.0  # distance in RGB of a background; true ones are within 14
-_INK_QUANTILE = 0.97  # the smallest shape covers 7 % of a frame
+_INK_QUANTILE = 0.97  # the smallest shape covers 13 % of a frame
 _LARGEST_RESIDUAL = 0.5  # share of the ink's energy that the best template may leave unexplained
 _ROUND = 0.5  # ratio of the path's smaller to its larger spread: 1 on a circle, 0 on a line
-_LEAST_SPREAD = 0.06  # of a path, in units of the frame's side; true clips have 0.11 and more
+_LEAST_SPREAD = 0.06  # of a path, in units of the frame's side; true clips have 0.10 and more
 _TEMPLATE_RADII = tuple(np.linspace(RADII[0] * 0.9, RADII[1] * 1.1, 5))
 _PHASES = (-0.25, 0.25)  # of a template's centre within a pixel
 
