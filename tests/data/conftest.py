@@ -15,7 +15,7 @@ PER_SHARD = 9
 
 def shape_sample(number: int, per_shard: int = PER_SHARD) -> ShardSample:
     """A moving shape of 14 frames, 24x24, another combination for each number."""
-    combination = combinations()[number * 17]
+    combination = combinations()[number * 7]
     video = encode_mp4(render(combination, number, frames=14, size=24), fps=8)
     text = caption(combination)
     meta = {"caption": text, "width": 24, "height": 24, "fps": 8.0, "frames": 14, "duration": 1.75}
