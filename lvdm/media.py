@@ -70,8 +70,7 @@ def write_gif(path: str | Path, frames_THWC: np.ndarray, fps: float, *, scale: i
     All frames share one palette and nothing is dithered, so colours stand still where the clip does. See `write_mp4`
     for the arguments and errors; a gif's clock has hundredths of a second, kept right on average.
     """
-    buffer = io.BytesIO(gif_bytes(enlarge(frames_THWC, scale), fps))
-    _write_atomically(Path(path), lambda target: _dump(target, buffer))
+    _write_bytes(Path(path), gif_bytes(enlarge(frames_THWC, scale), fps))
 
 
 def gif_bytes(frames_THWC: np.ndarray, fps: float) -> bytes:
@@ -141,7 +140,7 @@ def contact_sheet(
         y += height + _ROW_GAP
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
-    _write_atomically(Path(path), lambda target: _dump(target, buffer))
+    _write_bytes(Path(path), buffer.getvalue())
 
 
 def enlarge(frames_THWC: np.ndarray, scale: int) -> np.ndarray:
@@ -202,8 +201,11 @@ def _without_accents(text: str) -> str:
     return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
 
 
-def _dump(target: Path, buffer: io.BytesIO) -> None:
-    target.write_bytes(buffer.getbuffer())
+def _write_bytes(path: Path, data: bytes) -> None:
+    def write(target: Path) -> None:
+        target.write_bytes(data)
+
+    _write_atomically(path, write)
 
 
 def _write_atomically(path: Path, write: Callable[[Path], None]) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import shlex
 import shutil
@@ -26,7 +25,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lvdm.storage import write_json
+from lvdm.storage import read_json, write_json
 from lvdm.train.run_folder import describe_environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,7 +113,7 @@ class Spent:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self.seconds: dict[str, float] = read_json(path) if path.is_file() else {}
 
     @contextlib.contextmanager
     def counting(self, name: str) -> Iterator[None]:
@@ -133,14 +132,13 @@ class Spent:
 
 def write_result(chain: Chain, every: list[Stage], spent: Spent) -> None:
     """Write what was run, with which versions, for how long, and what it scored, to ``result.json``."""
-    scores = json.loads((chain.folder / "scores.json").read_text(encoding="utf-8"))
     result = {
         "command": f"python tools/demo.py{' --learn' * (chain is LEARN)}{' --toy' * chain.toy}",
         "seconds": {"all": sum(spent.seconds.values()), **spent.seconds},
         "commands": [shlex.join(as_typed(stage)) for stage in every],
         "cpus": os.cpu_count(),
         "environment": describe_environment(),
-        "scores": scores,
+        "scores": read_json(chain.folder / "scores.json"),
     }
     write_json(chain.folder / "result.json", result)
 
@@ -274,7 +272,7 @@ def stages(chain: Chain) -> list[Stage]:
 
 def scores(path: Path) -> str:
     """Shares of clips that show what their captions say."""
-    parts = json.loads(path.read_text(encoding="utf-8"))
+    parts = read_json(path)
     shown = [f"{name} {100 * parts['all'][name]['share']:.0f} %" for name in ("shape", "color", "motion")]
     return f"right: {', '.join(shown)}"
 

@@ -14,9 +14,9 @@ import torch
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
-from lvdm.clip_folder import RECORD_NAME, SHEET_NAME, clip_name, write_clip, write_sheet
+from lvdm.clip_folder import RECORD_NAME, SHEET_NAME, clip_name, write_clip
 from lvdm.engine.distributed import sum_over_ranks
-from lvdm.media import gif_bytes, side_by_side
+from lvdm.media import contact_sheet, gif_bytes, side_by_side
 from lvdm.storage import new_folder, write_json, write_text
 
 Sums = dict[str, tuple[torch.Tensor, torch.Tensor | float]]
@@ -92,7 +92,7 @@ class MetricsWriter:
                 write_clip(scratch / clip_name(number), clip, fps, gif=False)
             named = [{"prompt": prompt, "file": clip_name(number)} for number, prompt in enumerate(prompts)]
             write_json(scratch / RECORD_NAME, {"step": step, "fps": fps, "clips": named})
-            write_sheet(scratch, prompts, rows=len(prompts))
+            contact_sheet(scratch / SHEET_NAME, list(clips_BTHWC), prompts)
         sheet = np.asarray(Image.open(folder / SHEET_NAME))
         self._tensorboard.add_image("samples", sheet, step, dataformats="HWC")
         film = side_by_side(clips_BTHWC)

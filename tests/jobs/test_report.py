@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lvdm.clip_folder import read_clip, read_record
+from lvdm.config import parse_training_config
 from lvdm.errors import UserError
 from lvdm.inference import load
 from lvdm.jobs.export import export_checkpoint
@@ -103,8 +104,6 @@ def test_a_log_that_a_kill_cut_short_is_read_up_to_there(previewed: Path, tmp_pa
 
 
 def test_a_preview_that_cannot_be_is_refused(toy: Toy, tmp_path: Path) -> None:
-    from lvdm.config import parse_training_config
-
     tree = toy.diffusion(tmp_path / "run", preview={"prompts": ["x"]})
     tree["model"] = {"kind": "space_time_unet", "model_channels": 32}
     del tree["text"]
