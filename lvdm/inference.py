@@ -26,7 +26,7 @@ from lvdm.config import (
 )
 from lvdm.diffusion.denoiser import Denoiser
 from lvdm.diffusion.guidance import classifier_free_guidance
-from lvdm.diffusion.samplers import Sampler, check_sampling, initial_noise
+from lvdm.diffusion.samplers import Sampler, check_sampling, default_sampler, initial_noise
 from lvdm.diffusion.samplers import sample as run_sampler
 from lvdm.errors import UserError
 from lvdm.models.build import build_model
@@ -165,7 +165,7 @@ class VideoModel:
             UserError: the sampler, its steps, eta or the frames do not fit the model, there is a caption for a model
                 that reads none, or the numbers of prompts and seeds differ.
         """
-        sampler = sampler or ("flow_euler" if self.config.diffusion.parameterization == "flow" else "ddim")
+        sampler = sampler or default_sampler(self.config.diffusion)
         negatives = [negative_prompts] * len(prompts) if isinstance(negative_prompts, str) else list(negative_prompts)
         seeds = range(seeds, seeds + len(prompts)) if isinstance(seeds, int) else seeds
         if self.text is None and any([*prompts, *negatives]):

@@ -41,6 +41,11 @@ def initial_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.devi
     return torch.cat(rows).to(device)
 
 
+def default_sampler(config: DiffusionConfig) -> Sampler:
+    """The sampler of a process where none is named: DDIM, for flow Euler's."""
+    return "flow_euler" if config.parameterization == "flow" else "ddim"
+
+
 def check_sampling(
     config: DiffusionConfig, sampler: Sampler, steps: int, eta: float = 0.0, spacing: Spacing | None = None
 ) -> None:

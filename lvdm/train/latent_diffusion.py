@@ -14,6 +14,7 @@ from lvdm.data.latents import LatentSetInfo, agreed_latent_set
 from lvdm.diffusion.denoiser import Denoiser
 from lvdm.diffusion.masks import draw_given_frames
 from lvdm.diffusion.objective import diffusion_loss, draw_noise, draw_timesteps, quarter_means
+from lvdm.diffusion.samplers import check_sampling, default_sampler
 from lvdm.errors import UserError
 from lvdm.inference import VideoModel, frames_to_float, load_vae, own_vae_weights, read_scaling
 from lvdm.models.build import build_model
@@ -77,6 +78,7 @@ class LatentDiffusionTask:
                 f"{self.latent_shape[2:]} are not divisible by {smallest}"
             )
         if config.preview is not None:  # it decodes, and encodes its captions
+            check_sampling(config.diffusion, default_sampler(config.diffusion), config.preview.steps, eta=0.0)
             self._vae = self._vae or load_vae(config.vae, device, dtype, scaling=(self.scale, self.shift))
             if config.text is not None:
                 self._text = self._text or load_text_encoder(config.text, device, dtype)
