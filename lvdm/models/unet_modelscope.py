@@ -131,19 +131,19 @@ class ModelScopeUNet(nn.Module):
                 raise UserError("this model is conditioned on the frame rate (model.frame_rate): give fps")
             fps_BC = timestep_embedding(fps_B, self.model_channels).to(z_BCTHW.dtype)
             embedding_BE = embedding_BE + self.frame_rate_embed(fps_BC)
-        embedding_BE = F.silu(embedding_BE)  # every residual block starts with it
+        embedding_BTE = F.silu(embedding_BE)[:, None]  # silu: every residual block starts with it; T is 1
         text_BLD = text_BLD.to(z_BCTHW.dtype)
 
         x_NCHW = rearrange(z_BCTHW, "b c t h w -> (b t) h w c").permute(0, 3, 1, 2)
         x_NCHW = self.transformer_in(self.conv_in(x_NCHW), t)
         skips = [x_NCHW]
         for block in self.input_blocks:
-            x_NCHW = block(x_NCHW, embedding_BE, text_BLD, text_mask_BL)
+            x_NCHW = block(x_NCHW, embedding_BTE, text_BLD, text_mask_BL)
             skips.append(x_NCHW)
         for block in self.middle_blocks:
-            x_NCHW = block(x_NCHW, embedding_BE, text_BLD, text_mask_BL)
+            x_NCHW = block(x_NCHW, embedding_BTE, text_BLD, text_mask_BL)
         for block in self.output_blocks:
-            x_NCHW = block(join_channels(x_NCHW, skips.pop()), embedding_BE, text_BLD, text_mask_BL)
+            x_NCHW = block(join_channels(x_NCHW, skips.pop()), embedding_BTE, text_BLD, text_mask_BL)
         x_NCHW = self.conv_out(self.norm_out(x_NCHW))
         return rearrange(x_NCHW, "(b t) c h w -> b c t h w", t=t)
 
@@ -176,10 +176,10 @@ class Stage(nn.Module):
         self.temporal_transformer = temporal_transformer
         self.conv = conv
 
-    def forward(self, x_NCHW: Tensor, embedding_BE: Tensor, text_BLD: Tensor, text_mask_BL: Tensor | None) -> Tensor:
-        frames = x_NCHW.shape[0] // embedding_BE.shape[0]
+    def forward(self, x_NCHW: Tensor, embedding_BTE: Tensor, text_BLD: Tensor, text_mask_BL: Tensor | None) -> Tensor:
+        frames = x_NCHW.shape[0] // embedding_BTE.shape[0]
         if self.res is not None:
-            x_NCHW = self.res(x_NCHW, embedding_BE)
+            x_NCHW = self.res(x_NCHW, embedding_BTE)
         if self.temporal_conv is not None:
             x_NCHW = self.temporal_conv(x_NCHW, frames)
         if self.transformer is not None:
