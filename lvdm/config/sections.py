@@ -171,6 +171,12 @@ class DiffusionConfig(Section):
     """Distance between prediction and target, averaged over C, T, H, W."""
     min_snr_gamma: Annotated[float, Field(ge=0)] = 0.0
     """Clamp of the signal-to-noise loss weight (arXiv 2303.09556); 0 weights all timesteps alike."""
+    snr_floor: Annotated[float, Field(ge=0)] = 0.0
+    """Least signal-to-noise loss weight (truncated SNR, arXiv 2202.00512, section 4), with ``min_snr_gamma`` above it:
+    without one, the clamp gives the noisiest timesteps next to no weight, and what they settle is learnt late."""
+    timestep_shift: Annotated[float, Field(gt=0)] = 1.0
+    """Above 1, training draws noisy times more often: u in 0..1 becomes s u / (1 + (s - 1) u) (arXiv 2403.03206, eq. 23
+    has it for flow). Validation draws evenly."""
 
     @model_validator(mode="after")
     def _fits(self) -> DiffusionConfig:
@@ -178,6 +184,8 @@ class DiffusionConfig(Section):
             raise ValueError("zero_terminal_snr needs parameterization v or x0: pure noise says nothing about eps")
         if self.parameterization == "flow" and (self.zero_terminal_snr or self.min_snr_gamma):
             raise ValueError("zero_terminal_snr and min_snr_gamma have no meaning with parameterization=flow")
+        if self.snr_floor and self.snr_floor > self.min_snr_gamma:
+            raise ValueError(f"snr_floor={self.snr_floor:g} needs a min_snr_gamma of at least as much")
         return self
 
 

@@ -15,12 +15,15 @@ from lvdm.randomness import Purpose, normal, uniform
 
 
 def draw_timesteps(seed: int, positions: Sequence[int], config: DiffusionConfig) -> Tensor:
-    """Times of the samples at ``positions`` of the run, on the CPU: int64 in 0..T-1, or for flow float32 in [0, 1)."""
+    """Times of the samples at ``positions`` of the run, on the CPU: int64 in 0..T-1, or for flow float32 in [0, 1).
+
+    Numbers just under 1 that would round up to it are kept below.
+    """
     draws_B = uniform(seed, positions, Purpose.TIMESTEP)
+    draws_B = config.timestep_shift * draws_B / (1 + (config.timestep_shift - 1) * draws_B)
     if config.parameterization == "flow":
-        below_one = np.nextafter(np.float32(1), np.float32(0))  # float64 just under 1 would round up to it
-        return torch.from_numpy(np.minimum(draws_B.astype(np.float32), below_one))
-    return torch.from_numpy((draws_B * config.timesteps).astype(np.int64))
+        return torch.from_numpy(np.minimum(draws_B.astype(np.float32), np.nextafter(np.float32(1), np.float32(0))))
+    return torch.from_numpy(np.minimum(draws_B * config.timesteps, config.timesteps - 1).astype(np.int64))
 
 
 def draw_noise(seed: int, positions: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -56,7 +59,7 @@ def diffusion_loss(
         wanted_BCTHW = (1 - given.mask_B1T11).expand_as(distance_BCTHW)
         loss_B = (distance_BCTHW * wanted_BCTHW).flatten(1).sum(1) / wanted_BCTHW.flatten(1).sum(1)
     if denoiser.config.min_snr_gamma:
-        loss_B = loss_B * _min_snr_weight(denoiser, z_BCTHW, t_B)
+        loss_B = loss_B * _snr_weight(denoiser, z_BCTHW, t_B)
     return loss_B
 
 
@@ -85,14 +88,14 @@ def quarter_means(loss_B: Tensor, t_B: Tensor, timesteps: int) -> tuple[Tensor, 
     return sums_4, member_4B.float().sum(1)
 
 
-def _min_snr_weight(denoiser: Denoiser, like_BCTHW: Tensor, t_B: Tensor) -> Tensor:
-    """min(SNR, gamma) on the error of z_0 (arXiv 2303.09556, section 3.4), expressed for each target, ``[B]``.
+def _snr_weight(denoiser: Denoiser, like_BCTHW: Tensor, t_B: Tensor) -> Tensor:
+    """The SNR, kept from floor to gamma, on the error of z_0 (arXiv 2303.09556, section 3.4): ``[B]`` for each target.
 
     An error of ``x0`` counts as it is; one of ``eps`` is SNR, one of ``v`` SNR + 1 times as large.
     """
     a, s = denoiser.coefficients(like_BCTHW, t_B)
     snr_B = (a / s).square().flatten()
-    weight_B = snr_B.clamp(max=denoiser.config.min_snr_gamma)
+    weight_B = snr_B.clamp(denoiser.config.snr_floor, denoiser.config.min_snr_gamma)
     match denoiser.config.parameterization:
         case "eps":
             return weight_B / snr_B

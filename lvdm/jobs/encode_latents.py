@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -32,14 +32,12 @@ from lvdm.data.loader import read_videos
 from lvdm.data.writer import ShardSample, write_shard
 from lvdm.errors import UserError
 from lvdm.inference import frames_to_float, load_vae, read_scaling
+from lvdm.jobs.progress import Report, silent
 from lvdm.models.frozen import FrozenTextEncoder, FrozenVAE, NoText, load_text_encoder
 from lvdm.models.video_autoencoder import split_moments
 
 SETTINGS_NAME = "encoding.json"
 """The settings of an encoding job, written before its first shard."""
-
-Progress = Callable[[int, int], None]
-"""Called with (samples done, samples in all)."""
 
 
 @dataclass
@@ -63,7 +61,7 @@ def encode_folder(
     dtype: torch.dtype,
     batch: int,
     stored: Literal["fp32", "bf16"] = "fp32",
-    progress: Progress | None = None,
+    progress: Report = silent,
 ) -> Encoded:
     """Encode the video shards in ``source`` into latent shards in ``target``, with the clips, VAE and text encoder of
     a training config.
@@ -177,7 +175,7 @@ def _encode(
     device: torch.device,
     done: Encoded,
     total: int,
-    progress: Progress | None,
+    progress: Report,
 ) -> Iterator[tuple[str, ShardSample]]:
     """Encoded samples with the shard they came from; bad ones go to ``done.failed``."""
     count = 0
@@ -195,8 +193,7 @@ def _encode(
                 members = encode_latent(moments[i], states[i], batch.captions[i], info.dtype)
                 yield record.shard, ShardSample(record.key, members, record.meta)
         count += len(batch)
-        if progress:
-            progress(count, total)
+        progress(count, total)
 
 
 def _true_length(text: FrozenTextEncoder | NoText, captions: list[str]) -> list[torch.Tensor]:

@@ -56,8 +56,8 @@ class TextUNet(FrameUNet):
             norm_over=norm_over,
             scale_shift=scale_shift,
         )
-        self.frame_embed = nn.Linear(PLACE_CHANNELS, 4 * model_channels) if coordinates else None
-        self.text_embed = nn.Linear(context_dim, 4 * model_channels) if pooled_text else None
+        self.frame_embed = nn.Linear(PLACE_CHANNELS, 8 * model_channels) if coordinates else None
+        self.text_embed = PooledText(context_dim, 4 * model_channels) if pooled_text else None
 
     def forward(self, z_BCTHW: Tensor, t_B: Tensor, text_BLD: Tensor, text_mask_BL: Tensor | None = None) -> Tensor:
         """The network's output ``[B, C, T, H, W]``, of the type of ``z_BCTHW``.
@@ -74,21 +74,38 @@ class TextUNet(FrameUNet):
         text_BLD = text_BLD.to(z_BCTHW.dtype)
         embedding_BE = self.embed_time(t_B, like=z_BCTHW)
         if self.text_embed is not None:
-            embedding_BE = embedding_BE + self.text_embed(_mean_over_text(text_BLD, text_mask_BL))
+            embedding_BE = embedding_BE + self.text_embed(text_BLD, text_mask_BL)
         embedding_BTE = embedding_BE[:, None]
         if self.frame_embed is not None:
             t, h, w = (places(side, like=z_BCTHW) for side in z_BCTHW.shape[2:])
-            embedding_BTE = embedding_BTE + self.frame_embed(t)
+            scale_TE, shift_TE = self.frame_embed(t).chunk(2, dim=-1)
+            embedding_BTE = embedding_BTE * (1 + scale_TE) + shift_TE  # a product: what moves left is a matter of both
             z_BCTHW = torch.cat([z_BCTHW, along_axes(t, h, w).expand(len(z_BCTHW), -1, -1, -1, -1)], dim=1)
         return self.through(z_BCTHW, embedding_BTE, text_BLD, text_mask_BL)
 
 
-def _mean_over_text(text_BLD: Tensor, text_mask_BL: Tensor | None) -> Tensor:
-    """Mean of the states of the tokens that may be attended to, ``[B, D]``."""
-    if text_mask_BL is None:
-        return text_BLD.mean(1)
-    weights_BL1 = text_mask_BL[..., None].to(text_BLD.dtype)
-    return (text_BLD * weights_BL1).sum(1) / weights_BL1.sum(1)
+class PooledText(nn.Module):
+    """The normed mean of the text states, projected to the channels of the time embedding.
+
+    Captions differ by few of their words, so their means differ little: the norm and first weights of variance 1 / D
+    (`nn.Linear` has a third of it) make that difference about as large as the time's, or it is not heard for long.
+    """
+
+    def __init__(self, context_dim: int, embedding: int) -> None:
+        super().__init__()
+        self.norm = LayerNorm(context_dim)
+        self.proj = nn.Linear(context_dim, embedding)
+        nn.init.normal_(self.proj.weight, std=context_dim**-0.5)
+
+    def forward(self, text_BLD: Tensor, text_mask_BL: Tensor | None) -> Tensor:
+        """``[B, E]``; tokens outside the mask do not count."""
+        if text_mask_BL is None:
+            mean_BD = text_BLD.mean(1)
+        else:
+            weights_BL1 = text_mask_BL[..., None].to(text_BLD.dtype)
+            mean_BD = (text_BLD * weights_BL1).sum(1) / weights_BL1.sum(1)
+        embedding_BE: Tensor = self.proj(self.norm(mean_BD))
+        return embedding_BE
 
 
 class SpaceTimeTransformer(nn.Module):

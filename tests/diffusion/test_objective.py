@@ -35,14 +35,25 @@ def test_timesteps_are_uniform_over_the_schedule() -> None:
     assert abs(float(flow.mean()) - 0.5) < 0.01
 
 
-def test_a_flow_time_never_rounds_up_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("parameterization", ["v", "flow"])
+def test_a_shift_draws_noisy_times_more_often(parameterization: Literal["v", "flow"]) -> None:
+    """With s = 3, u = 1/2 becomes 3/4: half of the draws lie above it."""
+    config = DiffusionConfig(parameterization=parameterization, timesteps=1000, timestep_shift=3.0)
+    t = draw_timesteps(0, range(20000), config).double() / (1 if parameterization == "flow" else 1000)
+    assert abs(float((t > 0.75).double().mean()) - 0.5) < 0.02
+    assert abs(float((t > 0.5).double().mean()) - 0.75) < 0.02
+
+
+def test_a_time_never_rounds_up_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     import numpy as np
 
     from lvdm.diffusion import objective
 
     monkeypatch.setattr(objective, "uniform", lambda *_: np.array([1 - 2.0**-53]))
-    assert float(draw_timesteps(0, [0], DiffusionConfig(parameterization="flow"))) < 1
-    assert int(draw_timesteps(0, [0], DiffusionConfig())) == 999
+    for shift in (1.0, 5.0):
+        flow = DiffusionConfig(parameterization="flow", timestep_shift=shift)
+        assert float(draw_timesteps(0, [0], flow)) < 1
+        assert int(draw_timesteps(0, [0], DiffusionConfig(timestep_shift=shift))) == 999
 
 
 @pytest.mark.parametrize("loss", ["l1", "l2"])
@@ -64,13 +75,14 @@ def test_the_loss_is_the_reference_s_formula_for_each_sample(loss: Literal["l1",
     assert weight.grad != 0
 
 
+@pytest.mark.parametrize("floor", [0.0, 1.0])
 @pytest.mark.parametrize("parameterization", ["eps", "v", "x0"])
-def test_min_snr_clamps_the_weight_of_the_clean_error(
-    parameterization: Literal["eps", "v", "x0"], noise: Tensor
+def test_the_weight_of_the_clean_error_is_the_clamped_snr(
+    parameterization: Literal["eps", "v", "x0"], floor: float, noise: Tensor
 ) -> None:
-    """A network whose clean estimate is off by d everywhere pays min(SNR, gamma) d^2 in every parameterisation."""
+    """A network whose clean estimate is off by d everywhere pays that weight times d^2 in every parameterisation."""
     gamma, off = 5.0, 0.1
-    config = DiffusionConfig(parameterization=parameterization, min_snr_gamma=gamma)
+    config = DiffusionConfig(parameterization=parameterization, min_snr_gamma=gamma, snr_floor=floor)
     z0, t_B = noise.flip(0), torch.tensor([20, 100, 400, 900])
 
     def network(z: Tensor, t: Tensor) -> Tensor:
@@ -81,7 +93,7 @@ def test_min_snr_clamps_the_weight_of_the_clean_error(
 
     denoiser = Denoiser(network, config)
     a, s = denoiser.coefficients(z0, t_B)
-    expected = (a / s).flatten().square().clamp(max=gamma) * off**2
+    expected = (a / s).flatten().square().clamp(floor, gamma) * off**2
     torch.testing.assert_close(diffusion_loss(denoiser, z0, noise, t_B), expected, rtol=2e-3, atol=0)
 
 

@@ -115,7 +115,7 @@ def test_cutting_and_resizing(folder: Path, tmp_path: Path) -> None:
         assert (info.frames, info.height, info.width, info.fps) == (8, 16, 16, 8.0)
         clip = decode_frames(members["mp4"], range(8), 16, 16).astype(float)
         expected = original[4 + 8 * row : 12 + 8 * row]
-        assert abs(clip - expected).mean() < 4
+        assert abs(clip - expected).mean() < 6  # of 255: encoded twice
         later = original[5 + 8 * row : 13 + 8 * row]
         assert abs(clip - expected).mean() < abs(clip - later).mean()
 
