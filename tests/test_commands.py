@@ -43,7 +43,10 @@ def write_config(tree: dict, path: Path) -> str:
         ((TRAIN, "--config", "missing.yaml"), "train: error: cannot read config missing.yaml: No such file"),
         ((TRAIN, "--config", QUICKSTART, "run.stepz=1"), "run.stepz: unknown key; did you mean steps?"),
         ((TRAIN, "--config", QUICKSTART, "engine.zero_stage=0"), "engine.zero_stage: stage 0 is refused"),
-        ((TRAIN, "--config", QUICKSTART, "batch.size=10"), "batch.size 10 is not divisible by batch.micro 4 x 1 rank"),
+        (
+            (TRAIN, "--config", QUICKSTART, "batch={size: 10, micro: 4}"),
+            "batch.size 10 is not divisible by batch.micro 4 x 1 rank",
+        ),
         ((TRAIN, "--config", QUICKSTART, "run.resume=must"), "run.resume=must, but demo/runs/diffusion holds no run"),
         (("tools/sample.py", "nowhere", "out", "--prompt", "x"), "sample: error: nowhere is not an exported model"),
         (("tools/sample.py", "nowhere", "out"), "no captions: give --prompt or --prompts-file"),

@@ -18,9 +18,11 @@ from lvdm.synthetic import BACKGROUND, COLORS, RADII, SHAPES, Combination, templ
 
 _LEAST_CONTRAST = 40.0  # distance in RGB below which nothing stands out from the background
 _FARTHEST_FROM_BLACK = 60.0  # distance in RGB of a background; true ones are within 14
-_INK_QUANTILE = 0.97  # the smallest shape covers 13 % of a frame
+_INK_QUANTILE = 0.97  # the smallest shape covers 11 % of a frame
 _LARGEST_RESIDUAL = 0.5  # share of the ink's energy that the best template may leave unexplained
 _ROUND = 0.5  # ratio of the path's smaller to its larger spread: 1 on a circle, 0 on a line
+_LEAST_RADIUS = 0.5  # of a circle's path anywhere, over its mean; true clips have 0.9 and more
+_LEAST_TURN = 0.7  # of a full turn, all the same way; true clips of 8 frames show 0.92 of it
 _LEAST_SPREAD = 0.06  # of a path, in units of the frame's side; true clips have 0.10 and more
 _TEMPLATE_RADII = tuple(np.linspace(RADII[0] * 0.9, RADII[1] * 1.1, 5))
 _PHASES = (-0.25, 0.25)  # of a template's centre within a pixel
@@ -111,13 +113,25 @@ def _motion(path_T2: np.ndarray) -> str:
     if large < _LEAST_SPREAD:
         return ""
     if small > _ROUND * large:
-        return "in a circle"
+        return "in a circle" if _turns_around(path_T2) else ""
     x, y = path_T2[-1] - path_T2[0]
     if max(abs(x), abs(y)) < 2 * large or min(abs(x), abs(y)) > _ROUND * max(abs(x), abs(y)):
         return ""
     if abs(x) > abs(y):
         return "right" if x > 0 else "left"
     return "down" if y > 0 else "up"
+
+
+def _turns_around(path_T2: np.ndarray) -> bool:
+    """Whether a path goes around a point, most of a turn and never back; a caption does not say which way around."""
+    # the circle nearest to the points: |p|^2 = 2 c p + constant, in least squares
+    known_T3 = np.column_stack([2 * path_T2, np.ones(len(path_T2))])
+    solution_3, *_ = np.linalg.lstsq(known_T3, (path_T2**2).sum(1), rcond=None)
+    x, y = (path_T2 - solution_3[:2]).T
+    radius = np.hypot(x, y)
+    steps = np.diff(np.unwrap(np.arctan2(y, x))) / (2 * np.pi)
+    steps *= np.sign(steps.sum())
+    return bool(radius.min() > _LEAST_RADIUS * radius.mean() and (steps > 0).all() and steps.sum() > _LEAST_TURN)
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def test_full_size_config_is_lvdm_text_to_video_for_8_gpus() -> None:
 
 
 def test_batch_that_does_not_divide_is_refused_with_the_numbers() -> None:
-    config = load_training_config(QUICKSTART)
+    config = load_training_config(QUICKSTART, ["batch={size: 8, micro: 4}"])
     message = r"batch.size 8 is not divisible by batch.micro 4 x 3 ranks = 12"
     with pytest.raises(UserError, match=message):
         accumulation_steps(config.batch, world=3)

@@ -54,6 +54,16 @@ def test_a_shape_that_stands_still_or_wanders_has_no_motion() -> None:
     assert look(moving[::-1]).motion == "left"
 
 
+def test_only_a_turn_in_one_direction_is_a_circle() -> None:
+    around = render(Combination("triangle", "cyan", "in a circle"), 3, 16, 32)
+    assert look(around).motion == look(around[::2]).motion == "in a circle"
+    assert look(around[::-1]).motion == "in a circle"  # the caption leaves that open
+    assert look(around[:8]).motion != "in a circle"  # half of the way
+    rng = np.random.default_rng(0)
+    jumps = [look(around[rng.permutation(16)[:8]]).motion for _ in range(50)]
+    assert jumps.count("in a circle") <= 2
+
+
 def test_intervals_are_wilsons() -> None:
     low, high = Score(81, 90).interval
     assert (low, high) == pytest.approx((0.8208, 0.9466), abs=2e-3)

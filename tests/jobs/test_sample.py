@@ -117,5 +117,5 @@ def test_true_clips_written_as_samples_are_right_and_reported_by_part(export: st
     write_json(tmp_path / "samples.json", {"model": export, "clips": clips})
     with pytest.raises(UserError, match="'a dog' is no caption of moving shapes, such as 'a red circle"):
         score_folder(tmp_path, silent)
-    with pytest.raises(UserError, match=r"was not written by tools/sample.py: lists no clips"):
+    with pytest.raises(UserError, match=r"cannot read .*samples\.json: No such file"):
         score_folder(Path(export), silent)

@@ -38,8 +38,12 @@ def state_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
-    """Lines of a run's log."""
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    """What a run's log says of each step; training, validation and the times each write a line of their own."""
+    steps: dict[int, dict[str, Any]] = {}
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        values = json.loads(line)
+        steps.setdefault(values["step"], {}).update(values)
+    return list(steps.values())
 
 
 def losses_of(folder: Path) -> list[float]:
