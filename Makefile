@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 help:
 	@echo "make demo   install, then videos -> shards -> autoencoder -> latents -> text-to-video -> samples in ./demo"
-	@echo "make learn  the same chain for an hour, in ./learn"
+	@echo "make learn  the same chain for half an hour, in ./learn"
 	@echo "make test   install, then run the test suite"
 	@echo "make lint   install, then ruff and mypy"
 	@echo "make clean  remove ./demo and .venv"

@@ -163,8 +163,10 @@ class VideoModel:
             uint8 ``BTHWC`` on the CPU.
         Raises:
             UserError: the sampler, its steps, eta or the frames do not fit the model, there is a caption for a model
-                that reads none, or the numbers of prompts and seeds differ.
+                that reads none, the numbers of prompts and seeds differ, or there is no prompt.
         """
+        if isinstance(prompts, str) or not prompts or batch < 1:
+            raise UserError(f"give a list of at least one prompt, and a batch of at least 1: {prompts!r}, {batch}")
         sampler = sampler or default_sampler(self.config.diffusion)
         negatives = [negative_prompts] * len(prompts) if isinstance(negative_prompts, str) else list(negative_prompts)
         seeds = range(seeds, seeds + len(prompts)) if isinstance(seeds, int) else seeds

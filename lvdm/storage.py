@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -30,14 +31,23 @@ def locate(url: str) -> tuple[AbstractFileSystem, str]:
 
 @contextlib.contextmanager
 def atomic_file(url: str) -> Iterator[str]:
-    """A local path to write to, which becomes ``url`` (any fsspec URL) when the block ends, or nothing if it raises."""
+    """A local path to write to, which becomes ``url`` (any fsspec URL) when the block ends, or nothing if it raises.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
     fs, target = locate(url)
     local = isinstance(fs, LocalFileSystem)
     folder = os.path.dirname(target)
-    if local:
-        os.makedirs(folder, exist_ok=True)
-    # beside the target, so that the rename stays on one file system; dot files are no shards
-    scratch = tempfile.mkdtemp(prefix=".writing-", dir=folder if local else None)
+    try:
+        if local:
+            os.makedirs(folder, exist_ok=True)
+            if os.path.isdir(target):
+                raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        # beside the target, so that the rename stays on one file system; dot files are no shards
+        scratch = tempfile.mkdtemp(prefix=".writing-", dir=folder if local else None)
+    except OSError as error:
+        raise UserError(f"cannot write {url}: {error.strerror}") from None
     try:
         path = os.path.join(scratch, os.path.basename(target))
         yield path
@@ -94,10 +104,10 @@ def local_folder(url: str) -> Iterator[Path]:
                     raise UserError(f"{url} lists {path}, which lies outside of it")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 fs.get_file(path, str(target))
-        except (OSError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"cannot read {url}: {error}") from None
+        except UserError:
+            raise
+        except Exception as error:  # each store's client has error classes of its own
+            raise UserError(f"cannot read {url}: {type(error).__name__}: {error}") from None
         if not any(Path(scratch).iterdir()):
             raise UserError(f"there is no folder {url}")
         yield Path(scratch)

@@ -149,6 +149,9 @@ def test_demo_chain_at_toy_length(tmp_path: Path) -> None:
     again = call(sys.executable, str(ROOT / "tools/demo.py"), "--toy", cwd=tmp_path)
     assert again.returncode == 0
     assert again.stdout.count("already there") == 11
+    other = call(sys.executable, str(ROOT / "tools/demo.py"), cwd=tmp_path)
+    assert other.returncode == 2
+    assert "demo was made by python tools/demo.py --toy; remove it to run another chain" in other.stderr
     scores = json.loads((demo / "scores.json").read_text())
     assert scores["all"]["shape"]["of"] == scores["trained"]["shape"]["of"] + scores["unseen"]["shape"]["of"] == 4
     assert scores["ceiling"]["shape"]["of"] == 4

@@ -1,7 +1,7 @@
 """The whole chain on this machine, from nothing to scored videos. Everything it makes is in ./demo, or ./learn.
 
     python tools/demo.py            some minutes on two CPU cores
-    python tools/demo.py --learn    an hour: the same chain for longer (configs/shapes_ae.yaml, configs/shapes.yaml)
+    python tools/demo.py --learn    half an hour: the same chain, longer (configs/shapes_ae.yaml, configs/shapes.yaml)
     python tools/demo.py --toy      the demo's commands at toy length, to see that they work
 
 Each stage is an ordinary command, printed before it runs. A stage that is complete is not run again; one that was
@@ -25,6 +25,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from lvdm.errors import UserError, command_line
 from lvdm.storage import read_json, write_json
 from lvdm.train.run_folder import describe_environment
 
@@ -85,7 +86,13 @@ def main() -> None:
     which.add_argument("--learn", action="store_true", help="the chain with the longer budget, in ./learn")
     which.add_argument("--toy", action="store_true", help="a few clips and steps only")
     arguments = parser.parse_args()
-    chain = LEARN if arguments.learn else TOY if arguments.toy else DEMO
+    with command_line("demo"):
+        run_chain(LEARN if arguments.learn else TOY if arguments.toy else DEMO)
+
+
+def run_chain(chain: Chain) -> None:
+    """Run what is not complete of a chain. Raises `UserError` if its folder holds what another one made."""
+    claim(chain)
     console = Console()
     spent = Spent(chain.folder / "seconds.json")
     rows = []
@@ -106,6 +113,20 @@ def main() -> None:
     console.print(table)
     console.print(f"Look at {chain.folder / 'report.html'}, and at the clips in {chain.folder / 'samples'}.")
     console.print(f"Curves and pictures: tensorboard --logdir {chain.folder / 'runs'}", highlight=False)
+
+
+def claim(chain: Chain) -> None:
+    """Note which command a folder belongs to: a demo on a toy's clips would score what it never trained on."""
+    path = chain.folder / "chain.json"
+    command = {"command": command_of(chain)}
+    if path.is_file() and read_json(path) != command:
+        raise UserError(f"{chain.folder} was made by {read_json(path).get('command')}; remove it to run another chain")
+    write_json(path, command)
+
+
+def command_of(chain: Chain) -> str:
+    """How a chain is started."""
+    return f"python tools/demo.py{' --learn' * (chain is LEARN)}{' --toy' * chain.toy}"
 
 
 class Spent:
@@ -133,7 +154,7 @@ class Spent:
 def write_result(chain: Chain, every: list[Stage], spent: Spent) -> None:
     """Write what was run, with which versions, for how long, and what it scored, to ``result.json``."""
     result = {
-        "command": f"python tools/demo.py{' --learn' * (chain is LEARN)}{' --toy' * chain.toy}",
+        "command": command_of(chain),
         "seconds": {"all": sum(spent.seconds.values()), **spent.seconds},
         "commands": [shlex.join(as_typed(stage)) for stage in every],
         "cpus": os.cpu_count(),

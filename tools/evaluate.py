@@ -62,8 +62,10 @@ def score_shapes(samples: Path) -> dict[str, Any]:
             for part in parts
             for ends in [result[part][aspect]["interval"]]
         ]
-        ends = [f"{100 * result['chance'].get(aspect, 0):.0f} %", f"{100 * result['ceiling'][aspect]['share']:.0f} %"]
-        table.add_row(aspect, *cells, *ends)
+        chance = (
+            f"{100 * result['chance'][aspect]:.0f} %" if result["chance"] else "-"
+        )  # one clip has no other's caption
+        table.add_row(aspect, *cells, chance, f"{100 * result['ceiling'][aspect]['share']:.0f} %")
     Console().print(table)
     return result
 

@@ -56,14 +56,14 @@ def requests_of(arguments: argparse.Namespace) -> list[Request]:
     """What to sample. Raises `UserError` if that is nothing."""
     from lvdm.jobs.sample import Request, read_requests
 
+    if arguments.clips and (arguments.prompt or arguments.prompts_file):
+        raise UserError("--clips is for a model that reads no text: give it, or captions")
     prompts = arguments.prompt or [""] * arguments.clips
     requests = [Request(prompt, arguments.seed + i, arguments.negative) for i, prompt in enumerate(prompts)]
     if arguments.prompts_file:
         requests += read_requests(arguments.prompts_file, arguments.seed + len(requests), arguments.negative)
     if not requests:
         raise UserError("no captions: give --prompt or --prompts-file (or --clips, for a model that reads no text)")
-    if arguments.batch < 1:
-        raise UserError(f"--batch {arguments.batch} must be at least 1")
     return requests
 
 

@@ -67,14 +67,14 @@ class TextUNetConfig(ModelSection):
     relative_position: bool = True
     """Relative position tables in temporal attention."""
     pooled_text: bool = False
-    """Add the projected mean of the text states to the time embedding, beside cross-attention (as Imagen, arXiv
-    2205.11487): the text is then heard at all levels, and early in training. LVDM: false."""
+    """Add the mean of the text states, normed and projected, to the time embedding, beside cross-attention (as Imagen,
+    arXiv 2205.11487): the text is then heard at all levels, and early in training. LVDM: false."""
     scale_shift: bool = False
     """Whether the time embedding scales and shifts the norms of residual blocks (arXiv 2105.05233) rather than being
     added. LVDM's text model: false."""
     coordinates: bool = False
     """Tell the network where in time, height and width a value lies, by nine more input channels (arXiv 1807.03247) and
-    by adding the frame's place to the time embedding, so that "left" can be learnt early. LVDM: false."""
+    by letting the frame's place scale and shift the time embedding, so that "left" can be learnt early. LVDM: false."""
     norm_groups: PositiveInt = 32
     """Groups of the group norms; must divide ``model_channels``."""
     norm_over: Literal["clip", "frame"] = "clip"

@@ -279,6 +279,8 @@ class EngineConfig(Section):
     def _fits(self) -> EngineConfig:
         if self.offload_optimizer and self.zero_stage == 1:
             raise ValueError("offload_optimizer needs zero_stage 2 or 3")
+        if self.checkpoint_every > 1 and not self.activation_checkpointing:
+            raise ValueError("checkpoint_every needs activation_checkpointing")
         return self
 
 

@@ -65,7 +65,7 @@ def write_report(run: Path, out: Path, samples: Sequence[Path] = (), scores: Pat
     parts = [
         f"<h1>{html.escape(run.name)}</h1>",
         f'<p class="state">{html.escape(_state(config, lines, environment))}</p>',
-        *([_section("Scores", _scores(read_json(scores)))] if scores else []),
+        *([_section("Scores", _scores(scores))] if scores else []),
         *(_section(f"Samples: {folder}", _clips(folder)) for folder in samples),
         *(_section(f"Preview, {folder.name}", _clips(folder)) for folder in _previews(run)),
         *_pictures(run),
@@ -79,20 +79,16 @@ def write_report(run: Path, out: Path, samples: Sequence[Path] = (), scores: Pat
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(run.name)}</title>'
         f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
     )
-    try:
-        write_text(out, page)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
+    write_text(out, page)
 
 
 def write_losses(run: Path, out: Path) -> None:
     """Write the chart of a run's losses as a PNG. Raises `UserError`."""
-    title, named = charts(curves(read_log(run)))[0]
-    try:
-        with atomic_file(str(out)) as temporary:
-            Path(temporary).write_bytes(draw(title, named, "png"))
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
+    found = charts(curves(read_log(run)))
+    if not found:
+        raise UserError(f"the log of {run} has no losses yet")
+    with atomic_file(str(out)) as temporary:
+        Path(temporary).write_bytes(draw(*found[0], "png"))
 
 
 def read_config(run: Path) -> AnyTraining:
@@ -252,15 +248,19 @@ def _data(config: AnyTraining, lines: Sequence[dict[str, Any]], run: Path) -> st
     return _table(rows)
 
 
-def _scores(parts: dict[str, Any]) -> str:
+def _scores(path: Path) -> str:
+    parts = read_json(path)
+    if not {"all", "unseen", "chance", "ceiling"} <= parts.keys():
+        raise UserError(f"{path} holds no scores of moving shapes; tools/evaluate.py --metric shapes --out writes them")
     head = "<tr><th></th>" + "".join(f"<th>{name}</th>" for name in ("all", "unseen", "chance", "ceiling")) + "</tr>"
     rows = []
     for aspect, score in parts["all"].items():
         low, high = score["interval"]
         unseen, ceiling = parts["unseen"][aspect], parts["ceiling"][aspect]
+        chance = f"{parts['chance'][aspect]:.0%}" if parts["chance"] else "-"  # one clip has no other's caption
         rows.append(
             f"<tr><td>{html.escape(aspect)}</td><td>{score['share']:.0%} ({low:.0%} - {high:.0%})</td>"
-            f"<td>{unseen['share']:.0%}</td><td>{parts['chance'][aspect]:.0%}</td><td>{ceiling['share']:.0%}</td></tr>"
+            f"<td>{unseen['share']:.0%}</td><td>{chance}</td><td>{ceiling['share']:.0%}</td></tr>"
         )
     return f"<table>{head}{''.join(rows)}</table>"
 

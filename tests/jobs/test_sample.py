@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -65,15 +67,34 @@ def test_what_is_there_is_not_sampled_again(export: str, alone: Path, tmp_path: 
 
 def test_other_samples_are_not_mixed_in(export: str, alone: Path) -> None:
     before = contents(alone)
-    with pytest.raises(UserError, match=r"holds other samples \(see .*samples.json\)"):
+    with pytest.raises(UserError, match=r"holds other samples: clips differ \(see .*samples.json\)"):
         sample_folder(export, alone, REQUESTS[:1], SETTINGS)
     assert contents(alone) == before
+
+
+def test_a_model_exported_anew_is_another(export: str, tmp_path: Path) -> None:
+    folder, out = tmp_path / "export", tmp_path / "out"
+    shutil.copytree(export, folder)
+    sample_folder(str(folder), out, REQUESTS[:1], SETTINGS)
+    sample_folder(str(folder), out, REQUESTS[:1], replace(SETTINGS, rows=0))  # the sheet is no matter
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(UserError, match=r"holds other samples: sha256 differ"):
+        sample_folder(str(folder), out, REQUESTS[:1], SETTINGS)
 
 
 def test_settings_that_do_not_fit_leave_nothing(export: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="frames=3: give a multiple of 2"):
         sample_folder(export, tmp_path / "out", REQUESTS, Settings(steps=2, frames=3))
     assert not (tmp_path / "out").exists()
+    for fault in ({"batch": 0}, {"fps": 0}, {"rows": -1}):
+        (name,) = fault
+        with pytest.raises(UserError, match=f"{name} -?[0-9] must be at least"):
+            Settings(**fault)
+    with pytest.raises(UserError, match="give a list of at least one prompt"):
+        lvdm.load(export, device="cpu").sample("a red circle")
 
 
 def test_requests_come_from_lines_or_objects(tmp_path: Path) -> None:
@@ -82,7 +103,18 @@ def test_requests_come_from_lines_or_objects(tmp_path: Path) -> None:
     assert read_requests(lines, 5, "fog") == [Request("a red circle", 5, "fog"), Request("a blue square", 6, "fog")]
     objects.write_text(json.dumps({"prompt": "x", "seed": 9}) + "\n" + json.dumps({"prompt": "y", "negative": "n"}))
     assert read_requests(objects, 0, "") == [Request("x", 9), Request("y", 1, "n")]
-    for line in ("{}", "[1]", '{"prompt": 3}', '{"prompt": "x", "sed": 1}', "prompt"):
+    objects.write_text('\n\n{"prompt": 3}')
+    with pytest.raises(UserError, match=r"requests\.jsonl: line 3: prompt and negative must be text"):
+        read_requests(objects, 0, "")
+    for line in (
+        "{}",
+        "[1]",
+        '{"prompt": "x", "negative": 3}',
+        '{"prompt": "x", "seed": true}',
+        '{"prompt": 3}',
+        '{"prompt": "x", "sed": 1}',
+        "prompt",
+    ):
         objects.write_text(line)
         with pytest.raises(UserError, match=r"requests\.jsonl: line 1"):
             read_requests(objects, 0, "")

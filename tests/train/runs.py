@@ -42,7 +42,10 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
     steps: dict[int, dict[str, Any]] = {}
     for line in (folder / "log.jsonl").read_text().splitlines():
         values = json.loads(line)
-        steps.setdefault(values["step"], {}).update(values)
+        known = steps.setdefault(values["step"], {"step": values["step"]})
+        twice = {name for name in known.keys() & values.keys() - {"step"} if not name.startswith("seconds/")}
+        assert not twice, f"step {values['step']} has {sorted(twice)} twice"
+        known |= values
     return list(steps.values())
 
 
