@@ -225,7 +225,7 @@ def load(folder_or_url: str | Path, device: str | torch.device = "", dtype: torc
     """Load an exported folder to sample from.
 
     Args:
-        folder_or_url: written by ``tools/export_checkpoint.py``; a folder or any fsspec URL of one (s3://, https://).
+        folder_or_url: written by ``tools/export_checkpoint.py``; a folder or any fsspec URL of one, such as s3:// or gs://.
         device: by default the GPU if there is one.
     Raises:
         UserError: the folder, its autoencoder or its text encoder cannot be read.
