@@ -62,9 +62,8 @@ def score_shapes(samples: Path) -> dict[str, Any]:
             for part in parts
             for ends in [result[part][aspect]["interval"]]
         ]
-        chance = (
-            f"{100 * result['chance'][aspect]:.0f} %" if result["chance"] else "-"
-        )  # one clip has no other's caption
+        # one clip has no other's caption, and so no chance
+        chance = f"{100 * result['chance'][aspect]:.0f} %" if result["chance"] else "-"
         table.add_row(aspect, *cells, chance, f"{100 * result['ceiling'][aspect]['share']:.0f} %")
     Console().print(table)
     return result

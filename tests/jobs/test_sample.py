@@ -151,3 +151,6 @@ def test_true_clips_written_as_samples_are_right_and_reported_by_part(export: st
         score_folder(tmp_path, silent)
     with pytest.raises(UserError, match=r"cannot read .*samples\.json: No such file"):
         score_folder(Path(export), silent)
+    write_json(tmp_path / "samples.json", {"model": export, "clips": []})
+    with pytest.raises(UserError, match=r"was not written by tools/sample.py: samples.json lists no clips"):
+        score_folder(tmp_path, silent)
