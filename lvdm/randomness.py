@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     SAMPLER_STEP = 6  # noise that ancestral samplers add at each step
     SYNTHETIC = 7  # generated data
     GIVEN_FRAMES = 8  # which frames the network is given, and how noisy
+    MIX = 9  # which source each place of a mixed stream comes from
 
 
 def generator(seed: int, position: int, purpose: Purpose) -> np.random.Generator:

@@ -113,6 +113,48 @@ def local_folder(url: str) -> Iterator[Path]:
         yield Path(scratch)
 
 
+def cache_folder(name: str) -> Path:
+    """A folder of this user for what can be made again, on this node: in ``$LVDM_CACHE``, or in the temporary folder.
+
+    Raises:
+        UserError: it cannot be made, or is somebody else's.
+    """
+    root = Path(os.environ.get("LVDM_CACHE") or Path(tempfile.gettempdir()) / f"lvdm-{os.getuid()}")
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if root.stat().st_uid != os.getuid():
+            raise UserError(f"the cache folder {root} belongs to another user; set LVDM_CACHE to one of yours")
+        (root / name).mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the cache folder {root}: {error.strerror}; set LVDM_CACHE to another") from None
+    return root / name
+
+
+def cached_copy(url: str) -> Path:
+    """A local copy of a remote file in the node's cache, fetched again when what its store tells of it changes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: it cannot be read.
+    """
+    fs, path = locate(url)
+    info = fs.info(path)
+    name = hashlib.sha256(f"{url} {info.get('size')} {version_tag(info)}".encode()).hexdigest()[:32]
+    copy = cache_folder("files") / name
+    if not copy.is_file():
+        with atomic_file(str(copy)) as target:
+            fs.get_file(path, target)
+    return copy
+
+
+def version_tag(info: Mapping[str, Any]) -> str:
+    """What a store tells of a file that changes with its content: name and value of an ETag or a time, or nothing."""
+    for name in ("ETag", "etag", "LastModified", "last_modified", "mtime", "updated", "created"):
+        if info.get(name):
+            return f"{name.lower()}:{str(info[name]).strip(chr(34))}"
+    return ""
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Replace a file by ``text`` so that a reader or a crash sees the old content or the new, never a part."""
     with atomic_file(str(path)) as temporary:

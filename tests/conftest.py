@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lvdm.config import LatentDiffusionTraining, VideoAutoencoderConfig, parse_training_config
+from lvdm.data.build_index import build_index
 from lvdm.data.index import open_index
 from lvdm.jobs.encode_latents import encode_folder
 from lvdm.jobs.make_shards import make_shapes
@@ -141,4 +142,5 @@ def copy_with_broken_clips(source: Path, target: Path, count: int) -> set[str]:
             file.seek(offset)
             file.write(b"\0" * size)
         keys.add(record.key)
+    build_index(str(target))
     return keys

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 
-from lvdm.config import LatentDiffusionTraining, load_training_config
+from lvdm.config import LatentDiffusionTraining, load_training_config, shard_folders
 from lvdm.errors import UserError, command_line
 
 
@@ -65,8 +65,8 @@ def folder_pairs(config: LatentDiffusionTraining, source: str | None, target: st
     if source and target:
         return [(source, target)]
     assert config.data.video is not None
-    videos = config.data.video.shards
-    latents = config.data.latents.shards if config.data.latents else []
+    videos = shard_folders(config.data.video.shards)
+    latents = shard_folders(config.data.latents.shards) if config.data.latents else []
     if len(videos) != len(latents):
         raise UserError(
             f"data.video.shards has {len(videos)} folders, data.latents.shards {len(latents)}; give --shards"

@@ -1,20 +1,37 @@
-"""Index folders of webdataset shards, which training needs: python tools/index_shards.py FOLDER [FOLDER ...]"""
+"""Index folders of webdataset shards, which training needs: python tools/index_shards.py FOLDER [FOLDER ...]
+
+Shards of video2dataset, img2dataset and plain webdataset, on disk or in any store that fsspec knows. Bytes are not
+copied: headers and ``.json`` members are read, several shards at a time. A build that was stopped goes on where it was.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 
-from lvdm.data.index import write_index
 from lvdm.errors import command_line
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write index.arrow into folders of webdataset shards.")
+    """Index each folder with a progress bar, and say what is in it and what was left out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="folder of *.tar, or any fsspec URL of one")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    parser.add_argument(
+        "--exclude", type=Path, metavar="JSONL", help="leave out the samples of this list, such as RUN/replaced.jsonl"
+    )
     arguments = parser.parse_args()
     with command_line("index_shards"):
+        from lvdm.data.build_index import build_index, read_exclusions
+        from lvdm.jobs.progress import progress_line
+
+        exclude = read_exclusions(arguments.exclude) if arguments.exclude else {}
         for folder in arguments.folders:
-            print(f"{folder}: {write_index(folder)} samples indexed")
+            with progress_line(f"indexing {folder}", "shards") as progress:
+                built = build_index(folder, workers=arguments.workers, exclude=exclude, progress=progress)
+            left_out = "".join(f"; {count} left out: {reason}" for reason, count in sorted(built.left_out.items()))
+            print(f"{folder}: {built.samples} samples in {built.shards} shards{left_out}")
 
 
 if __name__ == "__main__":

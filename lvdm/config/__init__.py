@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lvdm.config.base import Section, dump_yaml, parse_config, read_tree
+from lvdm.config.base import Section, dump_yaml, parse_config, parse_value, read_tree
 from lvdm.config.models import (
     ModelScopeUNetConfig,
     SpaceTimeUNetConfig,
@@ -17,7 +17,9 @@ from lvdm.config.models import (
 from lvdm.config.sections import (
     AutoencoderTraining,
     BatchConfig,
+    Bucket,
     ClipConfig,
+    Condition,
     DataConfig,
     DiffusersVAE,
     DiffusionConfig,
@@ -30,11 +32,14 @@ from lvdm.config.sections import (
     PreviewConfig,
     ReconstructionConfig,
     RunConfig,
+    ShardSet,
     TextEncoderConfig,
     TrainingConfig,
     VAEConfig,
     ValidationConfig,
     VideoSource,
+    shard_folders,
+    shard_sets,
 )
 from lvdm.errors import UserError
 
@@ -66,7 +71,9 @@ __all__ = [
     "AnyTraining",
     "AutoencoderTraining",
     "BatchConfig",
+    "Bucket",
     "ClipConfig",
+    "Condition",
     "DataConfig",
     "DiffusersVAE",
     "DiffusionConfig",
@@ -81,6 +88,7 @@ __all__ = [
     "ReconstructionConfig",
     "RunConfig",
     "Section",
+    "ShardSet",
     "SpaceTimeUNetConfig",
     "TextEncoderConfig",
     "TextUNetConfig",
@@ -94,5 +102,8 @@ __all__ = [
     "load_training_config",
     "parse_config",
     "parse_training_config",
+    "parse_value",
     "read_tree",
+    "shard_folders",
+    "shard_sets",
 ]

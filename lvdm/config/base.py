@@ -82,6 +82,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return tree
 
 
+def parse_value(text: str) -> Any:
+    """A value as YAML reads it: a number, a text, a list. Raises `UserError`."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError:
+        raise UserError(f"{text!r} is not valid YAML") from None
+
+
 def dump_yaml(config: Section) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal object."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -93,8 +101,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise UserError(f"override {override!r} is not of the form section.key=value")
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError:
+        value = parse_value(text)
+    except UserError:
         raise UserError(f"override {override!r}: the value is not valid YAML") from None
     node: Any = tree
     for depth, key in enumerate(keys[:-1]):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from lvdm.config.base import NonNegativeInt, PositiveInt, Section
 from lvdm.config.models import ModelScopeUNetConfig, SpaceTimeUNetConfig, UNetConfig, VideoAutoencoderConfig
@@ -46,6 +47,19 @@ class BatchConfig(Section):
     """Samples of one forward and backward on one rank."""
 
 
+class Bucket(Section):
+    """One size of clips. A sample goes to the longest that it has frames for, and of those the nearest in shape."""
+
+    frames: PositiveInt
+    """Frames of a clip; 1 for images."""
+    height: PositiveInt
+    """Height in pixels."""
+    width: PositiveInt
+    """Width in pixels."""
+    size: PositiveInt
+    """Samples of a step of this size, in place of ``batch.size``, whose share in a micro-batch it keeps."""
+
+
 class ClipConfig(Section):
     """How a clip is cut out of a video."""
 
@@ -63,13 +77,79 @@ class ClipConfig(Section):
     """``crop``: scale the shorter side to fit, crop the centre; ``squash``: scale both sides, ignoring the aspect."""
     flip: Fraction = 0.0
     """Probability of mirroring a clip left to right."""
+    buckets: tuple[Bucket, ...] = ()
+    """Sizes of clips trained together, one of them a step; empty: ``frames``, ``height`` and ``width`` alone."""
+
+    @property
+    def sizes(self) -> list[ClipConfig]:
+        """This config for each bucket, or itself."""
+        sides = [{"frames": b.frames, "height": b.height, "width": b.width, "buckets": ()} for b in self.buckets]
+        return [self.model_copy(update=update) for update in sides] or [self]
+
+
+class Condition(Section):
+    """What a field of the index must say for a sample to be used; a sample that says nothing passes ``!=`` alone."""
+
+    field: str
+    """Name of a field of the samples' ``.json``, such as ``duration``; ``tools/inspect_shards.py`` lists them."""
+    comparison: Literal["==", "!=", "<", "<=", ">", ">=", "in"]
+    """How the field is held against the value; ``in``: it is one of several."""
+    value: bool | float | str | tuple[float | str, ...]
+    """Number, text or boolean, as the field is; a list for ``in``."""
+
+    def __str__(self) -> str:
+        return f"{self.field} {self.comparison} {self.value}"
+
+    @model_validator(mode="after")
+    def _fits(self) -> Condition:
+        if isinstance(self.value, tuple) != (self.comparison == "in"):
+            raise ValueError(
+                f"comparison {self.comparison} needs {'a list' if self.comparison == 'in' else 'one value'}"
+            )
+        return self
+
+
+class ShardSet(Section):
+    """Folders of indexed shards that are read as one set."""
+
+    folders: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Any fsspec URLs."""
+    weight: Annotated[float, Field(ge=0)] | None = None
+    """Share of the samples that this set gives, in any unit; all sets have one, or none has and sizes decide."""
+    where: tuple[Condition, ...] = ()
+    """Conditions that a sample must meet."""
+    join: tuple[str, ...] = ()
+    """Folders with more members and fields of the same samples, under the same names of shards and keys; samples that
+    one of them lacks are left out."""
+
+
+def _one_way_of_mixing(shards: tuple[str | ShardSet, ...]) -> tuple[str | ShardSet, ...]:
+    weighted = [isinstance(entry, ShardSet) and entry.weight is not None for entry in shards]
+    if any(weighted) and not all(weighted):
+        raise ValueError(f"entry {weighted.index(False)} has no weight, others have: give all one, or none")
+    return shards
+
+
+Shards = Annotated[tuple[str | ShardSet, ...], Field(min_length=1), AfterValidator(_one_way_of_mixing)]
+
+
+def shard_sets(shards: Sequence[str | ShardSet]) -> list[ShardSet]:
+    """The sets that a ``shards`` setting names: folders given plainly are one set together."""
+    plain = tuple(entry for entry in shards if isinstance(entry, str))
+    sets = [entry for entry in shards if isinstance(entry, ShardSet)]
+    return [*([ShardSet(folders=plain)] if plain else []), *sets]
+
+
+def shard_folders(shards: Sequence[str | ShardSet]) -> list[str]:
+    """All folders that a ``shards`` setting names, without those that are joined."""
+    return [folder for one in shard_sets(shards) for folder in one.folders]
 
 
 class VideoSource(Section):
     """Shards of videos with captions in video2dataset's layout."""
 
-    shards: Annotated[list[str], Field(min_length=1)]
-    """Folders (any fsspec URL) of indexed shards, read as one set."""
+    shards: Shards
+    """Folders (any fsspec URL) of indexed shards, read as one set, or sets with weights and conditions."""
     clip: ClipConfig = ClipConfig()
     """How clips are cut."""
 
@@ -77,8 +157,8 @@ class VideoSource(Section):
 class LatentSource(Section):
     """Shards of pre-encoded latents and text states, as ``tools/encode_latents.py`` writes them."""
 
-    shards: Annotated[list[str], Field(min_length=1)]
-    """Folders (any fsspec URL) of indexed latent shards, read as one set."""
+    shards: Shards
+    """Folders (any fsspec URL) of indexed latent shards, read as one set, or sets with weights and conditions."""
 
 
 class DataConfig(Section):
@@ -95,8 +175,12 @@ class DataConfig(Section):
     """Loader processes of one rank; 0 reads in the training process."""
     prefetch: PositiveInt = 2
     """Micro-batches that each worker holds ready."""
+    cache_gb: Annotated[float, Field(ge=0)] = 0.0
+    """Gigabytes (10^9 bytes) of what was read from stores that a node keeps in its cache, ``$LVDM_CACHE``; 0: none."""
     shuffle: bool = True
     """Whether epochs are permuted; off reads in index order."""
+    contiguous: PositiveInt = 1
+    """Neighbours in a shard that stay together in the permutation, for stores that are slow at random reads."""
     text_dropout: Fraction = 0.1
     """Probability that a caption is replaced by the empty one, which classifier-free guidance needs."""
     max_bad_fraction: Fraction = 0.01

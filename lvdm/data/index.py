@@ -1,55 +1,67 @@
 """The index of a shard folder, ``index.arrow``: where each sample's bytes lie, so that a sample is one ranged read.
 
-Arrow IPC, one row a sample in tar order, memory-mapped when local:
+Arrow IPC, one row a sample in tar order, memory-mapped (a remote one through a copy in the node's cache):
 
 ==============  ========================================================================================
 shard           int32, row of the shard in the schema's metadata
 key             text before the first dot of the members' names
 offset, size    the contiguous byte range of the shard file that holds all members of the sample
 members         list of (extension: int16 into the schema's metadata, offset, size), absolute in the shard
-width … duration  metadata where the sample's ``.json`` tells it, else null
+meta.NAME …     what the samples' ``.json`` say: a column a name, of numbers, texts or booleans, null where absent
 ==============  ========================================================================================
 
-The schema's metadata holds one JSON under ``lvdm``: format version, shards (name, size), extensions, and how many
-samples were left out because whoever wrote the shards recorded them as failed.
+The schema's metadata holds one JSON under ``lvdm``: format version, shards (name, size, tag), extensions, and how many
+members and samples were left out, by reason. ``lvdm.data.build_index`` writes it.
 """
 
 from __future__ import annotations
 
 import bisect
+import functools
+import itertools
 import json
-import tarfile
+import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from lvdm.errors import UserError
-from lvdm.storage import atomic_file, locate
+from lvdm.storage import cached_copy, locate, version_tag
 
 INDEX_NAME = "index.arrow"
-_VERSION = 1
-_BUILD = "build it with: python tools/index_shards.py"
-_ROWS_PER_BATCH = 65536
-_JSON_LIMIT = 1 << 20  # metadata beyond this is not worth reading
-_META = {
-    "width": pa.int32(),
-    "height": pa.int32(),
-    "fps": pa.float64(),
-    "frames": pa.int64(),
-    "duration": pa.float64(),
-}
-_MEMBER = pa.struct([("extension", pa.int16()), ("offset", pa.int64()), ("size", pa.int64())])
-_COLUMNS = {
+VERSION = 2
+META = "meta."
+"""Before the names of metadata columns."""
+BUILD = "build it with: python tools/index_shards.py"
+_ENDS = 1 << 16  # bytes at both ends of a local shard that tell whether it is the one indexed
+MEMBER = pa.struct([("extension", pa.int16()), ("offset", pa.int64()), ("size", pa.int64())])
+COLUMNS = {
     "shard": pa.int32(),
     "key": pa.string(),
     "offset": pa.int64(),
     "size": pa.int64(),
-    "members": pa.list_(_MEMBER),
-    **_META,
+    "members": pa.list_(MEMBER),
 }
+"""The columns that every index has."""
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A shard as it was when it was indexed."""
+
+    name: str
+    size: int
+    tag: str
+    """What its store says changes with its content, such as ``etag:5f3a``, or a time; empty if it says nothing."""
+    ends: int = 0
+    """CRC-32 of both ends of a local shard, which tells a copied one from a changed one; 0 elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -66,30 +78,47 @@ class SampleRecord:
     """Bytes of the range."""
     members: dict[str, tuple[int, int]]
     """Offset in the shard and size of each member, by extension."""
-    meta: dict[str, Any]
+    meta: dict[str, Any] = field(default_factory=dict)
     """Metadata that the index knows; unknown values are absent."""
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """The index of one folder."""
 
     folder: str
-    shards: list[str]
-    sizes: list[int]
+    shards: list[ShardFile]
     extensions: list[str]
+    left_out: dict[str, int]
     batches: list[pa.RecordBatch]
     starts: list[int]
     """Row at which each batch starts, counted in this folder."""
     rows: int
+    mark: str
+    """Changes with the index file: what is computed from it can be kept under this name."""
+
+    def batch_of(self, row: int) -> tuple[pa.RecordBatch, int]:
+        """The batch that holds a row, and the row's place in it."""
+        batch = bisect.bisect_right(self.starts, row) - 1
+        return self.batches[batch], row - self.starts[batch]
+
+    def keys(self, first: int, last: int) -> pa.Array:
+        """The keys of rows ``first`` to ``last``, exclusive."""
+        pieces = []
+        while first < last:
+            batch, place = self.batch_of(first)
+            piece = batch.column("key").slice(place, last - first)
+            pieces.append(piece)
+            first += len(piece)
+        return pa.concat_arrays(pieces)
 
 
 class Index:
     """The samples of one or more indexed folders, as one concatenated set with random access."""
 
-    def __init__(self, folders: Sequence[str], parts: Sequence[_Part]) -> None:
+    def __init__(self, folders: Sequence[str], parts: Sequence[Part]) -> None:
         self.folders = tuple(folders)
-        self._parts = tuple(parts)
+        self.parts = tuple(parts)
         self._starts = [sum(part.rows for part in parts[:i]) for i in range(len(parts))]
         self._rows = sum(part.rows for part in parts)
 
@@ -100,197 +129,175 @@ class Index:
         if not 0 <= row < self._rows:
             raise IndexError(row)
         which = bisect.bisect_right(self._starts, row) - 1
-        part = self._parts[which]
-        row -= self._starts[which]
-        batch = bisect.bisect_right(part.starts, row) - 1
-        values = part.batches[batch].slice(row - part.starts[batch], 1).to_pylist()[0]
+        part = self.parts[which]
+        batch, place = part.batch_of(row - self._starts[which])
+        values = batch.slice(place, 1).to_pylist()[0]
         return SampleRecord(
-            shard=f"{part.folder}/{part.shards[values['shard']]}",
+            shard=f"{part.folder}/{part.shards[values['shard']].name}",
             key=values["key"],
             offset=values["offset"],
             size=values["size"],
             members={part.extensions[m["extension"]]: (m["offset"], m["size"]) for m in values["members"]},
-            meta={name: values[name] for name in _META if values[name] is not None},
+            meta={
+                name.removeprefix(META): value
+                for name, value in values.items()
+                if name.startswith(META) and value is not None
+            },
         )
 
     @property
     def shards(self) -> list[str]:
         """URLs of all shards."""
-        return [f"{part.folder}/{name}" for part in self._parts for name in part.shards]
+        return [f"{part.folder}/{shard.name}" for part in self.parts for shard in part.shards]
+
+    @property
+    def mark(self) -> str:
+        """Changes with any of the index files."""
+        return "-".join(part.mark for part in self.parts)
+
+    def columns(self, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Batches with some columns in the order of rows; a column that a folder's index lacks is all null there."""
+        for part in self.parts:
+            for batch in part.batches:
+                there = batch.schema.names
+                arrays = [batch.column(name) if name in there else pa.nulls(batch.num_rows) for name in names]
+                yield pa.RecordBatch.from_arrays(arrays, names=list(names))
+
+    def shard_keys(self) -> Iterator[tuple[str, int, Callable[[], pa.Array]]]:
+        """Name and first row of each shard that has samples, and a call that gives the keys of its rows."""
+        for part, start in zip(self.parts, self._starts, strict=True):
+            if not part.rows:
+                continue
+            shards = np.concatenate([batch.column("shard").to_numpy() for batch in part.batches])
+            firsts = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist()]
+            for first, last in itertools.pairwise([*firsts, part.rows]):
+                name = part.shards[int(shards[first])].name
+                yield name, start + first, functools.partial(part.keys, first, last)
+
+    def types(self) -> dict[str, list[pa.DataType]]:
+        """The types that each metadata column has in the folders that have it."""
+        found: dict[str, list[pa.DataType]] = {}
+        for part in self.parts:
+            for column in part.batches[0].schema if part.batches else ():
+                if column.name.startswith(META):
+                    found.setdefault(column.name.removeprefix(META), []).append(column.type)
+        return found
 
     def __reduce__(self) -> tuple[Callable[[tuple[str, ...]], Index], tuple[tuple[str, ...]]]:
         # a worker maps the same file again instead of receiving its rows through a pipe
         return _open_unchecked, (self.folders,)
 
 
-def open_index(folders: Sequence[str]) -> Index:
+def open_index(folders: Sequence[str], check: bool = True) -> Index:
     """Open the indexes of ``folders`` (any fsspec URLs) as one set.
 
+    Args:
+        check: whether the shards are held against the index; one rank does that for all.
     Raises:
-        UserError: a folder or its index is missing or empty, or a shard is missing or of another size than indexed.
+        UserError: a folder or its index is missing or empty, or a shard is missing or not the one that was indexed.
     """
     index = _open_unchecked(tuple(folders))
-    for part in index._parts:
-        _check_shards(part)
+    if check:
+        for part in index.parts:
+            _check_shards(part)
     if not len(index):
         raise UserError(f"no samples in {', '.join(folders)}: the shard set is empty")
     return index
 
 
-def write_index(folder: str) -> int:
-    """Index all ``*.tar`` in ``folder`` (any fsspec URL) and write ``index.arrow``; returns the number of samples.
-
-    Only tar headers and ``.json`` members are read. Samples that their ``.json`` records as failed are left out.
-
-    Raises:
-        UserError: no shard in the folder, or a shard that is not a tar.
-    """
-    folder = folder.rstrip("/")
+def list_shards(folder: str) -> list[ShardFile]:
+    """The ``*.tar`` of a folder in the order of their names, without their ends. Raises `UserError`."""
     fs, root = locate(folder)
-    if not fs.isdir(root):
-        raise UserError(f"no such folder: {folder}")
-    paths = sorted(path for path in fs.ls(root, detail=False) if path.endswith(".tar"))
-    if not paths:
-        raise UserError(f"{folder} holds no shards (*.tar)")
-    extensions: dict[str, int] = {}
-    rows: list[dict[str, Any]] = []
-    shards: list[dict[str, Any]] = []
-    failed = 0
-    for number, path in enumerate(paths):
-        name = path.rsplit("/", 1)[-1]
-        with fs.open(path, "rb") as stream:
-            for sample in _scan(stream, f"{folder}/{name}"):
-                if sample.meta.get("status", "success") != "success":
-                    failed += 1
-                    continue
-                members = [
-                    {"extension": extensions.setdefault(extension, len(extensions)), "offset": offset, "size": size}
-                    for extension, (offset, size) in sample.members.items()
+    if isinstance(fs, LocalFileSystem):
+        try:
+            with os.scandir(root) as entries:
+                found = [
+                    ShardFile(entry.name, stat.st_size, f"mtime_ns:{stat.st_mtime_ns}")
+                    for entry in entries
+                    if entry.name.endswith(".tar") and entry.is_file() and (stat := entry.stat())
                 ]
-                rows.append(
-                    {
-                        "shard": number,
-                        "key": sample.key,
-                        "offset": sample.offset,
-                        "size": sample.size,
-                        "members": members,
-                    }
-                    | _known_meta(sample.meta)
-                )
-        shards.append({"name": name, "size": fs.size(path)})
-    about = {"version": _VERSION, "shards": shards, "extensions": list(extensions), "left_out_as_failed": failed}
-    schema = pa.schema(_COLUMNS, metadata={"lvdm": json.dumps(about)})
-    table = pa.Table.from_pylist(rows, schema=schema)
-    with atomic_file(f"{folder}/{INDEX_NAME}") as target, pa.ipc.new_file(target, schema) as writer:
-        writer.write_table(table, max_chunksize=_ROWS_PER_BATCH)
-    return len(rows)
+        except OSError:
+            raise UserError(f"no such folder: {folder}") from None
+    else:
+        found = _list_remote(fs, root, folder)
+    return sorted(found, key=lambda shard: shard.name)
+
+
+def ends_of(path: str | Path) -> int:
+    """CRC-32 of both ends of a local file."""
+    with open(path, "rb") as file:
+        start = file.read(_ENDS)
+        file.seek(max(os.fstat(file.fileno()).st_size - _ENDS, 0))
+        return zlib.crc32(file.read(_ENDS), zlib.crc32(start))
+
+
+def _list_remote(fs: AbstractFileSystem, root: str, folder: str) -> list[ShardFile]:
+    try:
+        entries = fs.ls(root, detail=True)
+    except FileNotFoundError:
+        raise UserError(f"no such folder: {folder}") from None
+    except OSError as error:
+        raise UserError(f"cannot list {folder}: {error}") from None
+    found = []
+    for entry in entries:
+        name = entry["name"].rstrip("/").rsplit("/", 1)[-1]
+        if not name.endswith(".tar") or entry.get("type") == "directory":
+            continue
+        if entry.get("size") is None:  # a plain web server's listing tells no sizes
+            entry = {**entry, **fs.info(entry["name"])}
+        found.append(ShardFile(name, int(entry["size"]), version_tag(entry)))
+    return found
 
 
 def _open_unchecked(folders: tuple[str, ...]) -> Index:
     return Index(folders, [_open_part(folder.rstrip("/")) for folder in folders])
 
 
-def _open_part(folder: str) -> _Part:
+def _open_part(folder: str) -> Part:
     fs, root = locate(folder)
     path = f"{root}/{INDEX_NAME}"
     try:
-        local = isinstance(fs, LocalFileSystem)
-        source = pa.memory_map(path) if local else pa.BufferReader(fs.cat_file(path))
-        reader = pa.ipc.open_file(source)
+        local = Path(path) if isinstance(fs, LocalFileSystem) else cached_copy(f"{folder}/{INDEX_NAME}")
+        stat = local.stat()
+        reader = pa.ipc.open_file(pa.memory_map(str(local)))
         about = json.loads(reader.schema.metadata[b"lvdm"])
-        if about["version"] != _VERSION or dict(zip(reader.schema.names, reader.schema.types, strict=True)) != _COLUMNS:
-            raise UserError(f"{folder}/{INDEX_NAME} has another format than this lvdm reads; {_BUILD} {folder}")
+        given = dict(zip(reader.schema.names, reader.schema.types, strict=True))
+        if about["version"] != VERSION or {name: given.get(name) for name in COLUMNS} != COLUMNS:
+            raise UserError(f"{folder}/{INDEX_NAME} has another format than this lvdm reads; {BUILD} {folder}")
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        shards = [ShardFile(**shard) for shard in about["shards"]]
+        extensions, left_out = list(about["extensions"]), dict(about["left_out"])
     except FileNotFoundError:
         if not fs.exists(root):
             raise UserError(f"no such folder of shards: {folder}") from None
-        raise UserError(f"{folder} has no {INDEX_NAME}; {_BUILD} {folder}") from None
+        raise UserError(f"{folder} has no {INDEX_NAME}; {BUILD} {folder}") from None
     except (pa.ArrowInvalid, KeyError, TypeError, json.JSONDecodeError):
-        raise UserError(f"{folder}/{INDEX_NAME} is damaged; {_BUILD} {folder}") from None
-    starts = [sum(batch.num_rows for batch in batches[:i]) for i in range(len(batches))]
-    return _Part(
-        folder=folder,
-        shards=[shard["name"] for shard in about["shards"]],
-        sizes=[shard["size"] for shard in about["shards"]],
-        extensions=about["extensions"],
-        batches=batches,
-        starts=starts,
-        rows=sum(batch.num_rows for batch in batches),
-    )
+        raise UserError(f"{folder}/{INDEX_NAME} is damaged; {BUILD} {folder}") from None
+    starts, rows = [], 0
+    for batch in batches:
+        starts.append(rows)
+        rows += batch.num_rows
+    mark = f"{zlib.crc32(folder.encode()):08x}{stat.st_size:x}{stat.st_mtime_ns:x}"
+    return Part(folder, shards, extensions, left_out, batches, starts, rows, mark)
 
 
-def _check_shards(part: _Part) -> None:
-    """One listing of the folder tells a missing or changed shard; stores that list no sizes are asked one by one."""
+def _check_shards(part: Part) -> None:
+    """One listing of the folder tells a missing or changed shard."""
+    listed = {shard.name: shard for shard in list_shards(part.folder)}
     fs, root = locate(part.folder)
-    try:
-        entries = fs.ls(root, detail=True)
-    except (OSError, NotImplementedError):
-        entries = []
-    listed = {entry["name"].rsplit("/", 1)[-1]: entry.get("size") for entry in entries}
-    for name, size in zip(part.shards, part.sizes, strict=True):
-        url = f"{part.folder}/{name}"
-        try:
-            found = listed.get(name)
-            found = fs.size(f"{root}/{name}") if found is None else found
-        except FileNotFoundError:
-            raise UserError(f"shard {url} is missing; put it back, or {_BUILD} {part.folder}") from None
-        if found is not None and found != size:
-            raise UserError(f"shard {url} has {found} bytes, but {size} when it was indexed; {_BUILD} {part.folder}")
-
-
-@dataclass
-class _Scanned:
-    key: str
-    offset: int
-    size: int
-    members: dict[str, tuple[int, int]]
-    meta: dict[str, Any]
-
-
-def _scan(stream: Any, url: str) -> Iterator[_Scanned]:
-    """The samples of one tar: neighbouring files whose names agree up to the first dot of the base name."""
-    current: _Scanned | None = None
-    try:
-        with tarfile.open(fileobj=stream, mode="r:") as tar:
-            for member in tar:
-                folder, slash, base = member.name.rpartition("/")
-                stem, dot, extension = base.partition(".")
-                leaves_the_tar = ".." in folder.split("/") or member.name.startswith("/")
-                if leaves_the_tar or not (member.isreg() and stem and dot):
-                    continue
-                key = folder + slash + stem
-                if current is None or key != current.key:
-                    if current is not None:
-                        yield current
-                    current = _Scanned(key, member.offset, 0, {}, {})
-                extension = extension.lower()
-                current.members[extension] = (member.offset_data, member.size)
-                current.size = member.offset_data + member.size - current.offset
-                if extension == "json" and member.size <= _JSON_LIMIT:
-                    file = tar.extractfile(member)
-                    assert file is not None
-                    current.meta = _json_object(file.read())
-    except tarfile.TarError as error:
-        raise UserError(
-            f"shard {url} is not a whole tar file ({error}); replace it, or remove it and index again"
-        ) from None
-    if current is not None:
-        yield current
-
-
-def _json_object(data: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _known_meta(meta: dict[str, Any]) -> dict[str, Any]:
-    """The columns of the index out of a ``.json`` member; what is absent or of a wrong type is null."""
-    known: dict[str, Any] = dict.fromkeys(_META)
-    for name, kind in _META.items():
-        value = meta.get(name)
-        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 2**31:
-            known[name] = float(value) if pa.types.is_floating(kind) else int(value)
-    return known
+    for shard in part.shards:
+        url = f"{part.folder}/{shard.name}"
+        found = listed.get(shard.name)
+        if found is None:
+            raise UserError(f"shard {url} is missing; put it back, or {BUILD} {part.folder}")
+        if found.size != shard.size:
+            raise UserError(
+                f"shard {url} has {found.size} bytes, but {shard.size} when it was indexed; {BUILD} {part.folder}"
+            )
+        # shards that were copied from another kind of store have tags of another kind: their sizes must do
+        if found.tag == shard.tag or found.tag.partition(":")[0] != shard.tag.partition(":")[0]:
+            continue
+        # a copied folder has times of its own, and the same bytes
+        if isinstance(fs, LocalFileSystem) and shard.ends and ends_of(f"{root}/{shard.name}") == shard.ends:
+            continue
+        raise UserError(f"shard {url} was changed after it was indexed; {BUILD} {part.folder}")

@@ -1,7 +1,7 @@
 """Batches by position: the data set yields the sample at a position of the run, the loader the positions of a rank.
 
-    step -> order.step_positions -> [positions of a micro-batch]
-         -> worker: order -> index -> fetch -> decode -> transforms -> batch
+    step -> Order.step -> [(bucket, entry) of a micro-batch]
+         -> worker: source -> index -> fetch -> decode -> transforms -> batch
 
 Any position can be produced again by anyone, so ranks, workers and resuming change nothing about the sequence. A sample
 whose bytes are bad is replaced by one that (seed, position) determines, and the batch says so.
@@ -10,25 +10,30 @@ whose bytes are bad is replaced by one that (seed, position) determines, and the
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import signal
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lvdm.config import ClipConfig, DataConfig
+from lvdm.config import ClipConfig, DataConfig, shard_folders
 from lvdm.data import latents, transforms
 from lvdm.data.batch import LatentBatch, Replacement, VideoBatch
-from lvdm.data.fetch import read_sample
-from lvdm.data.index import Index, SampleRecord, open_index
-from lvdm.data.order import sample_at, step_positions
+from lvdm.data.fetch import Fetcher
+from lvdm.data.index import Index, SampleRecord
+from lvdm.data.order import Entry, Order, ranks_share, sample_at
 from lvdm.data.samples import Failure, LatentSample, VideoSample, collate, load_clip
+from lvdm.data.select import select
+from lvdm.data.sources import Course, Source, open_course, open_sources
 from lvdm.data.stream import StreamDataset
 from lvdm.errors import BadSample, Requeue, UserError
+
+log = logging.getLogger(__name__)
 
 Batch = VideoBatch | LatentBatch
 S = TypeVar("S", VideoSample, LatentSample)
@@ -37,65 +42,93 @@ SUBSTITUTES = 16
 """Samples tried in place of a bad one before the set is given up."""
 
 
-class _PositionDataset(Dataset[S | Failure], Generic[S]):
-    """The sample at each position of the run, or its substitute."""
+class _OrderedDataset(Dataset[S | Failure], Generic[S]):
+    """The sample of each (bucket, entry) of the order, or its substitute."""
 
-    def __init__(self, index: Index, *, seed: int, shuffle: bool, text_dropout: float) -> None:
-        self.index, self.seed, self.shuffle, self.text_dropout = index, seed, shuffle, text_dropout
+    killers: frozenset[int] = frozenset()
+    """Positions whose samples killed two workers, which reads them no more."""
 
-    def __getitem__(self, position: int) -> S | Failure:
+    def __init__(self, sources: Sequence[Source], fetcher: Fetcher, *, seed: int, text_dropout: float) -> None:
+        self.sources, self.fetcher, self.seed, self.text_dropout = sources, fetcher, seed, text_dropout
+
+    def __getitems__(self, items: Sequence[tuple[int, Entry]]) -> list[S | Failure]:
+        """The samples of a micro-batch, whose bytes are fetched together."""
         try:
-            return self._sample(position)
+            records = [self.sources[entry.source].records(bucket, entry.place) for bucket, entry in items]
+            fetched = iter(self.fetcher.samples([record for one in records for record in one]))
+            merged = [_merge([next(fetched) for _ in one]) for one in records]
+            return [
+                self._sample(bucket, entry, found, members)
+                for (bucket, entry), found, members in zip(items, records, merged, strict=True)
+            ]
         except (UserError, Requeue) as error:
-            return Failure(error)
+            return [Failure(error)]
 
     @abstractmethod
-    def load(self, record: SampleRecord, position: int, replaced: tuple[Replacement, ...]) -> S:
-        """Read one sample for ``position``. Raises `BadSample`."""
+    def load(self, members: dict[str, bytes], bucket: int, position: int, replaced: tuple[Replacement, ...]) -> S:
+        """The sample that ``position`` makes of its members. Raises `BadSample`."""
 
-    def _sample(self, position: int) -> S:
+    def _sample(self, bucket: int, entry: Entry, records: list[SampleRecord], members: dict[str, bytes]) -> S:
+        source = self.sources[entry.source]
+        places = len(source.selection.rows[bucket])
         replaced: tuple[Replacement, ...] = ()
         for attempt in range(SUBSTITUTES + 1):
-            # a substitute is drawn from an order of its own, so that neighbours do not share one
-            shuffle = self.shuffle or attempt > 0
-            record = self.index[sample_at(position, len(self.index), self.seed + attempt, shuffle)]
+            if attempt:  # substitutes come from orders of their own, so that neighbours do not share one
+                place = sample_at(entry.position, places, self.seed + attempt, shuffle=True)
+                records = source.records(bucket, place)
+                members = _merge(self.fetcher.samples(records))
             try:
-                return self.load(record, position, replaced)
+                if attempt == 0 and entry.position in self.killers:
+                    raise BadSample("killed two workers that read it")
+                return self.load(members, bucket, entry.position, replaced)
             except BadSample as error:
-                replaced += (Replacement(position, record.shard, record.key, str(error)),)
+                replaced += (Replacement(entry.position, records[0].shard, records[0].key, str(error)),)
         last = replaced[-1]
         raise UserError(
-            f"position {position}: the sample and {SUBSTITUTES} substitutes for it are bad; "
+            f"position {entry.position}: the sample and {SUBSTITUTES} substitutes for it are bad; "
             f"the last is {last.key} in {last.shard}: {last.reason}"
         )
 
 
-class VideoDataset(_PositionDataset[VideoSample]):
-    """The decoded clip at each position of the run."""
+class VideoDataset(_OrderedDataset[VideoSample]):
+    """Decoded clips, of one size a bucket."""
 
-    def __init__(self, index: Index, clip: ClipConfig, *, seed: int, shuffle: bool, text_dropout: float) -> None:
-        super().__init__(index, seed=seed, shuffle=shuffle, text_dropout=text_dropout)
-        self.clip = clip
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        sizes: Sequence[ClipConfig],
+        fetcher: Fetcher,
+        *,
+        seed: int,
+        text_dropout: float,
+    ) -> None:
+        super().__init__(sources, fetcher, seed=seed, text_dropout=text_dropout)
+        self.sizes = sizes
 
-    def load(self, record: SampleRecord, position: int, replaced: tuple[Replacement, ...]) -> VideoSample:
-        """Read and decode one sample. Raises `BadSample`."""
-        members = read_sample(record)
+    def load(
+        self, members: dict[str, bytes], bucket: int, position: int, replaced: tuple[Replacement, ...]
+    ) -> VideoSample:
+        """Decode one sample. Raises `BadSample`."""
         return load_clip(
-            members, self.clip, position, seed=self.seed, text_dropout=self.text_dropout, replaced=replaced
+            members, self.sizes[bucket], position, seed=self.seed, text_dropout=self.text_dropout, replaced=replaced
         )
 
 
-class LatentDataset(_PositionDataset[LatentSample]):
-    """The pre-encoded clip at each position of the run."""
+class LatentDataset(_OrderedDataset[LatentSample]):
+    """Pre-encoded clips."""
 
-    def __init__(self, index: Index, folders: Sequence[str], *, seed: int, shuffle: bool, text_dropout: float) -> None:
-        super().__init__(index, seed=seed, shuffle=shuffle, text_dropout=text_dropout)
+    def __init__(
+        self, sources: Sequence[Source], folders: Sequence[str], fetcher: Fetcher, *, seed: int, text_dropout: float
+    ) -> None:
+        super().__init__(sources, fetcher, seed=seed, text_dropout=text_dropout)
         self.info = latents.agreed_latent_set(folders)
         self.unconditional_LD = latents.read_unconditional(folders[0])
 
-    def load(self, record: SampleRecord, position: int, replaced: tuple[Replacement, ...]) -> LatentSample:
-        """Read one sample. Raises `BadSample`."""
-        moments_CTHW, states_LD = latents.decode_latent(read_sample(record), self.info)
+    def load(
+        self, members: dict[str, bytes], bucket: int, position: int, replaced: tuple[Replacement, ...]
+    ) -> LatentSample:
+        """Decode one sample. Raises `BadSample`."""
+        moments_CTHW, states_LD = latents.decode_latent(members, self.info)
         if transforms.drops_text(self.seed, position, self.text_dropout):
             states_LD = self.unconditional_LD
         return LatentSample(position, moments_CTHW, states_LD, replaced)
@@ -104,37 +137,89 @@ class LatentDataset(_PositionDataset[LatentSample]):
 class Loader:
     """The micro-batches of one rank, in order. Each iteration starts afresh."""
 
-    def __init__(self, loader: DataLoader[Any], length: int, samples: int) -> None:
-        self._loader, self._length = loader, length
+    def __init__(
+        self,
+        data: DataConfig,
+        dataset: _OrderedDataset[Any] | StreamDataset,
+        plan: Sequence[Any],
+        samples: int,
+        course: Course | None = None,
+    ) -> None:
+        self._data, self._dataset, self._plan = data, dataset, plan
         self.samples = samples
         """Samples of the set it reads (for validation, those that it uses); 0 if nobody counted them."""
+        self.course = course
+        """The order it follows, for training from an index."""
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._plan)
 
     def __iter__(self) -> Iterator[Batch]:
-        with _signals_stay_here():
-            batches = iter(self._loader)
-        for batch in batches:
-            if isinstance(batch, Failure):
-                raise batch.error
-            yield batch
+        if isinstance(self._dataset, StreamDataset):
+            yield from _read(_data_loader(self._data, self._dataset, batch_size=None))
+            return
+        done = 0
+        while done < len(self):
+            try:
+                for batch in self._batches(range(done, len(self)), self._data):
+                    yield batch
+                    done += 1
+            except _WorkerDied as death:
+                log.warning("%s at micro-batch %d; going on there with new workers", death, done)
+                # those that were under way are read one at a time: should one kill again, it is known which
+                for number in range(done, min(done + self._data.workers * self._data.prefetch, len(self))):
+                    yield self._alone(number)
+                    done += 1
+
+    def _batches(self, numbers: range, data: DataConfig) -> Iterator[Batch]:
+        return _read(_by_plan(data, self._dataset, _Part(self._plan, numbers)))
+
+    def _alone(self, number: int) -> Batch:
+        """A micro-batch read by a worker of its own; samples that kill even that one are bad from then on."""
+        one = self._data.model_copy(update={"workers": 1, "prefetch": 1})
+        try:
+            return next(self._batches(range(number, number + 1), one))
+        except _WorkerDied:
+            pass
+        for bucket, entry in self._plan[number]:
+            try:
+                next(_read(_by_plan(one, self._dataset, [[(bucket, entry)]])))
+            except _WorkerDied:
+                assert not isinstance(self._dataset, StreamDataset)
+                self._dataset.killers |= {entry.position}
+        return next(self._batches(range(number, number + 1), one))
 
 
 def build_loader(
-    data: DataConfig, *, seed: int, batch: int, micro: int, world: int, rank: int, first_position: int, steps: int
+    data: DataConfig,
+    *,
+    seed: int,
+    batch: int,
+    micro: int,
+    world: int,
+    rank: int,
+    first_step: int = 0,
+    steps: int,
+    state: Mapping[str, Any] | None = None,
 ) -> Loader:
-    """The micro-batches of ``rank`` for ``steps`` steps from ``first_position`` on, ``batch / (micro * world)`` a step.
+    """The micro-batches of ``rank`` for ``steps`` steps from ``first_step`` on, ``batch / (micro * world)`` a step.
 
+    Args:
+        batch, micro: samples of a step and of a micro-batch, where a bucket does not say.
+        state: `Course.state` of the run so far.
     Raises:
-        UserError: a folder, index or shard is missing or stale, the set is empty, latent folders disagree, or the batch
+        UserError: a folder, index or shard is missing or stale, a set is empty, latent folders disagree, or the batch
             arithmetic does not come out even.
     """
-    positions = _StepPositions(batch, micro, world, rank, first_position, steps)
+    if batch % (world * micro):
+        raise UserError(
+            f"batch.size {batch} is not divisible by {world} ranks x batch.micro {micro} = {world * micro}; change one"
+        )
     if data.kind == "stream":
         assert data.video is not None
+        positions = _StreamPositions(batch, micro, world, rank, first_step, steps)
         stream = StreamDataset(
-            data.video.shards,
+            shard_folders(data.video.shards),
             data.video.clip,
             positions,
             seed=seed,
@@ -143,31 +228,37 @@ def build_loader(
             shuffle=data.shuffle,
             text_dropout=data.text_dropout,
         )
-        return Loader(_data_loader(data, stream, batch_size=None), len(positions), 0)
-    dataset = _dataset(data, _folders(data), seed=seed, shuffle=data.shuffle, text_dropout=data.text_dropout)
-    return Loader(_by_position(data, dataset, positions), len(positions), len(dataset.index))
+        return Loader(data, stream, positions, 0)
+    sizes = data.video.clip.sizes if data.kind == "video" and data.video is not None else []
+    course = open_course(data, sizes, seed=seed, batch=batch, step=first_step, state=state, check=rank == 0)
+    dataset = _dataset(data, course.sources, sizes, seed=seed, text_dropout=data.text_dropout)
+    accumulation = batch // (world * micro)
+    plan = _Plan(course.order, course.state["batches"], accumulation, world, rank, first_step, steps)
+    samples = sum(len(source.selection) for source in course.sources)
+    return Loader(data, dataset, plan, samples, course)
 
 
 def build_validation_loader(
-    data: DataConfig, shards: list[str], *, seed: int, samples: int, micro: int, world: int, rank: int
+    data: DataConfig, shards: Sequence[str], *, seed: int, samples: int, micro: int, world: int, rank: int
 ) -> Loader:
     """Micro-batches of the first ``samples`` of the index (fewer if it holds fewer: see ``samples`` of the result).
 
-    No shuffling, no text dropout, clips from the centre. Positions count from 0, and rank takes those with
-    ``position % world == rank``. So that all ranks yield the same number of batches, positions run on to a multiple of
-    ``world`` and wrap around in the set: leave those ``>= loader.samples`` out of a mean.
+    No shuffling, no text dropout, clips of the first size, from the centre. Positions count from 0, and rank takes
+    those with ``position % world == rank``. So that all ranks yield the same number of batches, positions run on to a
+    multiple of ``world`` and wrap around in the set: leave those ``>= loader.samples`` out of a mean.
 
     Raises:
         UserError: as `build_loader`.
     """
+    sizes = []
     if data.video is not None:
-        clip = data.video.clip.model_copy(update={"start": "center", "flip": 0.0})
-        data = data.model_copy(update={"video": data.video.model_copy(update={"clip": clip})})
-    dataset = _dataset(data, shards, seed=seed, shuffle=False, text_dropout=0.0)
-    used = min(samples, len(dataset.index))
-    mine = list(range(rank, -(-used // world) * world, world))
-    positions = [mine[i : i + micro] for i in range(0, len(mine), micro)]
-    return Loader(_by_position(data, dataset, positions), len(positions), used)
+        sizes = [data.video.clip.sizes[0].model_copy(update={"start": "center", "flip": 0.0})]
+    sources = open_sources(shards, sizes, check=rank == 0)
+    dataset = _dataset(data, sources, sizes, seed=seed, text_dropout=0.0)
+    held = len(sources[0].selection)
+    used = min(samples, held)
+    mine = [(0, Entry(position, 0, position % held)) for position in range(rank, -(-used // world) * world, world)]
+    return Loader(data, dataset, [mine[i : i + micro] for i in range(0, len(mine), micro)], used)
 
 
 def read_videos(data: DataConfig, index: Index, rows: Sequence[int], *, batch: int, seed: int) -> Iterator[VideoBatch]:
@@ -176,52 +267,113 @@ def read_videos(data: DataConfig, index: Index, rows: Sequence[int], *, batch: i
     For jobs that go over a set once. A row that is bad has one entry in ``replaced`` and frames that stand in for it.
     """
     assert data.video is not None
-    dataset = VideoDataset(index, data.video.clip, seed=seed, shuffle=False, text_dropout=0.0)
-    positions = [list(rows[i : i + batch]) for i in range(0, len(rows), batch)]
-    for clips in Loader(_by_position(data, dataset, positions), len(positions), len(rows)):
+    sources = [Source(index, (), select(index))]
+    dataset = VideoDataset(sources, data.video.clip.sizes[:1], Fetcher(), seed=seed, text_dropout=0.0)
+    entries = [(0, Entry(row, 0, row)) for row in rows]
+    plan = [entries[i : i + batch] for i in range(0, len(entries), batch)]
+    for clips in Loader(data, dataset, plan, len(rows)):
         assert isinstance(clips, VideoBatch)
         first = {entry.position: entry for entry in reversed(clips.replaced)}  # not those of bad substitutes
         yield replace(clips, replaced=tuple(first.values()))
 
 
-class _StepPositions(Sequence[list[int]]):
-    """The lists of positions of a rank's micro-batches, computed when asked for."""
+class _Plan(Sequence[list[tuple[int, Entry]]]):
+    """The entries of a rank's micro-batches with their bucket, computed when asked for."""
 
-    def __init__(self, batch: int, micro: int, world: int, rank: int, first: int, steps: int) -> None:
-        self._arguments = (batch, world, rank, micro)
-        self._first, self._batch, self._steps = first, batch, steps
-        self._per_step = len(step_positions(first, *self._arguments))
+    def __init__(
+        self, order: Order, batches: Sequence[int], accumulation: int, world: int, rank: int, first: int, steps: int
+    ) -> None:
+        for size in batches:
+            if size % (world * accumulation):
+                raise UserError(
+                    f"a bucket of {size} samples is not divisible by {world} ranks x {accumulation} micro-batches = "
+                    f"{world * accumulation}; change its size"
+                )
+        self._order, self._accumulation = order, accumulation
+        self._world, self._rank, self._first, self._steps = world, rank, first, steps
 
     def __len__(self) -> int:
-        return self._steps * self._per_step
+        return self._steps * self._accumulation
 
     def __getitem__(self, i: Any) -> Any:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        step, part = divmod(i, self._per_step)
-        return step_positions(self._first + step * self._batch, *self._arguments)[part]
+        step, part = divmod(i, self._accumulation)
+        taken = self._order.step(self._first + step)
+        micro = len(taken.entries) // (self._world * self._accumulation)
+        mine = ranks_share(taken.entries, self._world, self._rank, micro)[part]
+        return [(taken.bucket, entry) for entry in mine]
 
 
-def _folders(data: DataConfig) -> list[str]:
-    source = data.latents if data.kind == "latents" else data.video
-    assert source is not None
-    return source.shards
+class _Part(Sequence[Any]):
+    """Some of the micro-batches of a plan."""
+
+    def __init__(self, plan: Sequence[Any], numbers: range) -> None:
+        self._plan, self._numbers = plan, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self._plan[self._numbers[i]]
+
+
+class _WorkerDied(Exception):
+    """A loader process ended by itself: killed for its memory, or by a fault in a codec."""
+
+
+def _read(loader: DataLoader[Any]) -> Iterator[Batch]:
+    """The batches of a loader. Raises what a worker met, or `_WorkerDied`."""
+    with _signals_stay_here():
+        batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:  # torch has no class for it
+            if "DataLoader worker (pid" not in str(error):
+                raise
+            raise _WorkerDied(str(error).splitlines()[0]) from None
+        if isinstance(batch, Failure):
+            raise batch.error
+        yield batch
+
+
+class _StreamPositions(Sequence[list[int]]):
+    """The positions of a rank's micro-batches of a stream."""
+
+    def __init__(self, batch: int, micro: int, world: int, rank: int, first: int, steps: int) -> None:
+        self._batch, self._micro, self._world, self._rank = batch, micro, world, rank
+        self._first, self._steps = first, steps
+
+    def __len__(self) -> int:
+        return self._steps * self._batch // (self._micro * self._world)
+
+    def __getitem__(self, i: Any) -> Any:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        start = self._first * self._batch + i * self._micro * self._world + self._rank
+        return list(range(start, start + self._micro * self._world, self._world))
+
+
+def _merge(members: Sequence[dict[str, bytes]]) -> dict[str, bytes]:
+    """The members of a sample and of those joined to it; a joined one wins over one of the same name."""
+    return {name: data for one in members for name, data in one.items()}
 
 
 def _dataset(
-    data: DataConfig, folders: list[str], *, seed: int, shuffle: bool, text_dropout: float
+    data: DataConfig, sources: Sequence[Source], sizes: Sequence[ClipConfig], *, seed: int, text_dropout: float
 ) -> VideoDataset | LatentDataset:
-    index = open_index(folders)
+    fetcher = Fetcher(int(data.cache_gb * 1e9))
     if data.kind == "latents":
-        return LatentDataset(index, folders, seed=seed, shuffle=shuffle, text_dropout=text_dropout)
-    assert data.video is not None
-    return VideoDataset(index, data.video.clip, seed=seed, shuffle=shuffle, text_dropout=text_dropout)
+        folders = [folder for source in sources for folder in source.index.folders]
+        return LatentDataset(sources, folders, fetcher, seed=seed, text_dropout=text_dropout)
+    return VideoDataset(sources, sizes, fetcher, seed=seed, text_dropout=text_dropout)
 
 
-def _by_position(
-    data: DataConfig, dataset: VideoDataset | LatentDataset, positions: Sequence[Sequence[int]]
-) -> DataLoader[Any]:
-    return _data_loader(data, dataset, batch_sampler=positions, collate_fn=_collate)
+def _by_plan(data: DataConfig, dataset: Dataset[Any], plan: Sequence[Any]) -> DataLoader[Any]:
+    return _data_loader(data, dataset, batch_sampler=plan, collate_fn=_collate)
 
 
 def _data_loader(data: DataConfig, dataset: Dataset[Any], **how: Any) -> DataLoader[Any]:

@@ -18,8 +18,9 @@ import torch
 import lvdm
 from lvdm.config import LatentDiffusionTraining
 from lvdm.data.batch import Replacement, VideoBatch
+from lvdm.data.build_index import build_index
 from lvdm.data.fetch import read_sample
-from lvdm.data.index import Index, open_index, write_index
+from lvdm.data.index import Index, open_index
 from lvdm.data.latents import (
     LatentSetInfo,
     LatentText,
@@ -105,7 +106,7 @@ def encode_folder(
     shard_numbers = {url: number for number, url in enumerate(index.shards)}
     for url, samples in itertools.groupby(encoded, key=lambda item: item[0]):
         write_shard(target, shard_numbers[url], (sample for _, sample in samples))
-    done.samples = write_index(target)
+    done.samples = build_index(target).samples
     if not done.samples:
         raise UserError(f"none of the {len(index)} samples in {source} could be encoded; the first: {done.failed[0]}")
     scale, shift = _scaling(config, info, target)

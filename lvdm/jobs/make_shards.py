@@ -20,10 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lvdm import synthetic
+from lvdm.data.build_index import build_index
 from lvdm.data.decode import VIDEO_EXTENSIONS, VideoInfo, decode_frames, iterate_frames, probe
 from lvdm.data.encode import encode_mp4
 from lvdm.data.fetch import read_file
-from lvdm.data.index import INDEX_NAME, write_index
+from lvdm.data.index import INDEX_NAME
 from lvdm.data.writer import ShardSample, sample_key, write_shard
 from lvdm.errors import BadSample, Requeue, UserError
 from lvdm.jobs.progress import Report, silent
@@ -263,7 +264,7 @@ def _write_set(folder: str, shards: Iterable[Iterator[ShardSample]]) -> ShardSet
             fs.rm([f"{root}/{number:05d}{end}" for end in (".tar", ".parquet", "_stats.json")])
         reasons = [reason for s in stats for reason in s.status_dict]
         raise UserError(f"none of the videos can be read; the first fault: {reasons[0]}")
-    indexed = write_index(folder)
+    indexed = build_index(folder).samples
     assert indexed == samples, f"{indexed} samples indexed of {samples} written"
     return ShardSet(folder, len(stats), samples, sum(s.bytes_downloaded for s in stats), ())
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lvdm.clip_folder import RECORD_NAME, read_record
-from lvdm.config import AnyTraining, dump_yaml, parse_training_config, read_tree
+from lvdm.config import AnyTraining, dump_yaml, parse_training_config, read_tree, shard_folders
 from lvdm.data.index import open_index
 from lvdm.errors import UserError
 from lvdm.storage import atomic_file, read_json, write_text
@@ -236,7 +236,7 @@ def _data(config: AnyTraining, lines: Sequence[dict[str, Any]], run: Path) -> st
     source = config.data.latents if config.data.kind == "latents" else config.data.video
     assert source is not None
     rows: dict[str, Any] = {"kind": config.data.kind}
-    for name, folders in {"training": source.shards, "held out": list(config.validation.shards)}.items():
+    for name, folders in {"training": shard_folders(source.shards), "held out": list(config.validation.shards)}.items():
         for folder in folders:
             try:
                 rows[f"{name}: {folder}"] = f"{len(open_index([folder]))} samples"

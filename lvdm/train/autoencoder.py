@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,17 +35,20 @@ class AutoencoderTask:
         self.device = device
         self.dtype = dtype
         assert config.data.video is not None
-        clip = config.data.video.clip
-        sides = (clip.frames, clip.height, clip.width)
-        if any(side % factor for side, factor in zip(sides, config.model.downsample, strict=True)):
-            raise UserError(
-                f"data.video.clip of {sides} frames, height and width is not divisible by model.downsample "
-                f"{config.model.downsample}"
-            )
-        grid = tuple(side // factor for side, factor in zip(sides, config.model.downsample, strict=True))
-        self.latent_shape = (config.model.latent_channels, *grid)
-        self._values_per_frame = 3 * clip.height * clip.width
+        for clip in config.data.video.clip.sizes:
+            sides = (clip.frames, clip.height, clip.width)
+            if any(side % factor for side, factor in zip(sides, config.model.downsample, strict=True)):
+                raise UserError(
+                    f"data.video.clip of {sides} frames, height and width is not divisible by model.downsample "
+                    f"{config.model.downsample}"
+                )
+        first = config.data.video.clip.sizes[0]
+        self.latent_shape = self._latent_shape((first.frames, first.height, first.width))
         self.model = build_model(config.model, config.run.seed)
+
+    def _latent_shape(self, sides: Sequence[int]) -> tuple[int, ...]:
+        grid = (side // factor for side, factor in zip(sides, self.config.model.downsample, strict=True))
+        return (self.config.model.latent_channels, *grid)
 
     def facts(self) -> dict[str, Any]:
         """What users of this autoencoder need beyond its config; stored in checkpoints and exports."""
@@ -54,14 +57,15 @@ class AutoencoderTask:
     def loss(self, network: Callable[..., Any], batch: VideoBatch) -> tuple[torch.Tensor, Sums]:
         """Mean loss of a micro-batch, and what to report of it."""
         frames = frames_to_float(batch.to(self.device).frames_BCTHW)
-        noise = torch.from_numpy(normal(self.config.run.seed, batch.positions, Purpose.POSTERIOR, self.latent_shape))
+        shape = self._latent_shape(frames.shape[2:])
+        noise = torch.from_numpy(normal(self.config.run.seed, batch.positions, Purpose.POSTERIOR, shape))
         reconstruction, mean, logvar = network(frames.to(self.dtype), noise.to(self.device, self.dtype))
         difference = reconstruction.float() - frames
         l1, l2 = difference.abs().mean(), difference.square().mean()
         divergence = kl_divergence(mean.float(), logvar.float()).mean()
         weights = self.config.loss
         loss = weights.l1_weight * l1 + weights.l2_weight * l2
-        loss = loss + weights.kl_weight * divergence / self._values_per_frame
+        loss = loss + weights.kl_weight * divergence / frames[0, :, 0].numel()
         size = float(len(batch))
         named = {"loss": loss, "l1": l1, "l2": l2, "kl": divergence}
         return loss, {name: (value * size, size) for name, value in named.items()}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lvdm.config import LatentDiffusionTraining, OwnVAE, PreviewConfig, TextUNetConfig
+from lvdm.config import LatentDiffusionTraining, OwnVAE, PreviewConfig, TextUNetConfig, shard_folders
 from lvdm.data.batch import LatentBatch, VideoBatch
 from lvdm.data.latents import LatentSetInfo, agreed_latent_set
 from lvdm.diffusion.denoiser import Denoiser
@@ -48,19 +48,19 @@ class LatentDiffusionTask:
         self._text: FrozenTextEncoder | None = None
         if config.data.kind == "latents":
             assert config.data.latents is not None
-            info = agreed_latent_set(config.data.latents.shards)
+            info = agreed_latent_set(shard_folders(config.data.latents.shards))
             check_latent_set(config, info)
             self.scale, self.shift = read_scaling(config.vae, default=(info.scale, info.shift))
-            self._encoded_shape, text_dim = info.shape, info.text.dim
+            shapes, text_dim = [tuple(info.shape)], info.text.dim
         else:
             assert config.data.video is not None
-            clip = config.data.video.clip
+            sizes = config.data.video.clip.sizes
             self._vae = load_vae(config.vae, device, dtype)
             self._text = load_text_encoder(config.text, device, dtype) if config.text else None
             self.scale, self.shift = self._vae.scale, self._vae.shift
-            self._encoded_shape = self._vae.latent_shape(clip.frames, clip.height, clip.width)
+            shapes = [self._vae.latent_shape(size.frames, size.height, size.width) for size in sizes]
             text_dim = self._text.dim if self._text else 0
-        channels, frames, *sides = self._encoded_shape
+        channels, frames, *sides = shapes[0]
         self.latent_shape = (channels, len(range(0, frames, config.latent_stride)), *sides)
         if self.latent_shape[0] != config.model.latent_channels:
             raise UserError(
@@ -72,11 +72,12 @@ class LatentDiffusionTask:
                 f"model.context_dim {config.model.context_dim} does not fit text states of {text_dim} channels"
             )
         smallest = 2**config.model.halvings
-        if any(side % smallest for side in self.latent_shape[2:]):
-            raise UserError(
-                f"model halves the latent {config.model.halvings} times, but its height and width "
-                f"{self.latent_shape[2:]} are not divisible by {smallest}"
-            )
+        for shape in shapes:
+            if any(side % smallest for side in shape[2:]):
+                raise UserError(
+                    f"model halves the latent {config.model.halvings} times, but its height and width "
+                    f"{tuple(shape[2:])} are not divisible by {smallest}"
+                )
         if config.preview is not None:  # it decodes, and encodes its captions
             check_sampling(config.diffusion, default_sampler(config.diffusion), config.preview.steps, eta=0.0)
             self._vae = self._vae or load_vae(config.vae, device, dtype, scaling=(self.scale, self.shift))
@@ -130,10 +131,11 @@ class LatentDiffusionTask:
         self, network: Callable[..., Any], encoded: Encoded, positions: list[int], t_B: torch.Tensor, seed: int
     ) -> tuple[torch.Tensor, Sums]:
         denoiser = Denoiser(network, self.config.diffusion, self.dtype)
-        noise = draw_noise(seed, positions, self.latent_shape).to(self.device)
+        shape = encoded.z_BCTHW.shape[1:]
+        noise = draw_noise(seed, positions, shape).to(self.device)
         given = None
         if self.config.given is not None:
-            given = draw_given_frames(seed, positions, self.latent_shape[1], self.config.given).to(self.device)
+            given = draw_given_frames(seed, positions, shape[1], self.config.given).to(self.device)
         loss_B = diffusion_loss(denoiser, encoded.z_BCTHW, noise, t_B, given, **encoded.text)
         sums_4, counts_4 = quarter_means(loss_B, t_B, self.config.diffusion.timesteps)
         report: Sums = {"loss": (loss_B.detach().sum(), float(len(loss_B)))}
@@ -154,7 +156,8 @@ class LatentDiffusionTask:
                 states_BLD, mask_BL = self._text.encode(batch.captions)
         if self.config.text is not None:
             text = {"text_BLD": states_BLD, "text_mask_BL": mask_BL if self.config.text.mask_padding else None}
-        noise = torch.from_numpy(normal(seed, batch.positions, Purpose.POSTERIOR, self._encoded_shape))
+        channels, *sides = moments.shape[1:]
+        noise = torch.from_numpy(normal(seed, batch.positions, Purpose.POSTERIOR, (channels // 2, *sides)))
         z = self.scale * (sample_posterior(moments, noise.to(self.device)) + self.shift)
         return Encoded(z[:, :, :: self.config.latent_stride], text)
 

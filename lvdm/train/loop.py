@@ -19,7 +19,7 @@ import torch
 from lvdm.config import AnyTraining, AutoencoderTraining, LatentDiffusionTraining, PreviewConfig
 from lvdm.data.batch import Replacement
 from lvdm.data.index import open_index
-from lvdm.data.loader import build_loader, build_validation_loader
+from lvdm.data.loader import Loader, build_loader, build_validation_loader
 from lvdm.engine import distributed, saving, signals
 from lvdm.engine.checkpoint import Checkpoint
 from lvdm.engine.distributed import Ranks, gather_json, gather_rows, on_any_rank, together
@@ -45,11 +45,13 @@ class Clock:
     step: int = 0
     """Optimiser steps done, skipped ones included."""
     samples: int = 0
-    """Samples seen; the position of the next one."""
+    """Samples seen, ``batch.size`` a step: what the learning rate goes by."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """How the samples are mixed and since when (`lvdm.data.sources.Course.state`)."""
     replaced: int = 0
     """Samples that others stood in for."""
     skipped_steps: list[int] = field(default_factory=list)
-    """Steps whose gradients were not finite; step k took positions ``[samples - batch, samples)`` of its time."""
+    """Steps whose gradients were not finite."""
 
 
 def train(config: AnyTraining, stop: signals.StopRequest) -> None:
@@ -89,13 +91,16 @@ def _train(config: AnyTraining, run: RunFolder, changes: list[str], ranks: Ranks
     elif config.run.resume == "must":
         raise UserError(f"run.resume=must, but {run.checkpoints} holds no checkpoint")
     loader = together(lambda: _open_loader(config, ranks, clock), ranks.device)
+    course = loader.course
+    clock.data = course.state if course else {}
+    batches = iter(loader)
     held_out = together(lambda: _held_out_samples(config, ranks), ranks.device)
 
     if ranks.is_main:
         run.claim(ranks.world)
         notes = [f"damaged checkpoint passed over: {fault}" for fault in faults]
         notes += [f"changed on resume: {change}" for change in changes]
-        _announce(config, run, size, ranks, clock, [*notes, *taken])
+        _announce(config, run, size, ranks, clock, [*notes, *taken, *(course.notes if course else ())])
     writer = MetricsWriter(
         run.log, run.tensorboard, run.images, run.samples, enabled=ranks.is_main, from_step=clock.step
     )
@@ -109,7 +114,7 @@ def _train(config: AnyTraining, run: RunFolder, changes: list[str], ranks: Ranks
     while clock.step < config.run.steps:
         lr = learning_rate(config.optim, clock.samples, config.run.steps * config.batch.size)
         for _ in range(engine.accumulation):
-            batch = speed.wait_for(loader)
+            batch = speed.wait_for(batches)
             loss, report = task.loss(engine, batch)
             engine.backward(loss)
             result = engine.step(lr)
@@ -180,18 +185,17 @@ def _build_task(
     return task, load_into(task.model, config.run.init_from, strict=config.run.init_strict)
 
 
-def _open_loader(config: AnyTraining, ranks: Ranks, clock: Clock) -> Iterator[Any]:
-    return iter(
-        build_loader(
-            config.data,
-            seed=config.run.seed,
-            batch=config.batch.size,
-            micro=config.batch.micro,
-            world=ranks.world,
-            rank=ranks.rank,
-            first_position=clock.samples,
-            steps=config.run.steps - clock.step,
-        )
+def _open_loader(config: AnyTraining, ranks: Ranks, clock: Clock) -> Loader:
+    return build_loader(
+        config.data,
+        seed=config.run.seed,
+        batch=config.batch.size,
+        micro=config.batch.micro,
+        world=ranks.world,
+        rank=ranks.rank,
+        first_step=clock.step,
+        steps=config.run.steps - clock.step,
+        state=clock.data,
     )
 
 

@@ -23,7 +23,7 @@ from lvdm.storage import write_text
 
 _FIXED = (
     "task", "model", "diffusion", "loss", "vae", "text", "given", "latent_stride", "run.seed", "data.kind",
-    "data.video", "data.latents",
+    "data.video.clip",
 )  # fmt: skip
 """Fields that define what is learnt from which sequence of samples; a run that goes on keeps them."""
 

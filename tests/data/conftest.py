@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from lvdm.data.build_index import build_index
 from lvdm.data.encode import encode_mp4
-from lvdm.data.index import write_index
 from lvdm.data.writer import ShardSample, sample_key, write_shard
 from lvdm.synthetic import caption, combinations, render
 
@@ -26,7 +26,7 @@ def shape_sample(number: int, per_shard: int = PER_SHARD) -> ShardSample:
 def write_set(folder: Path, samples: list[ShardSample], per_shard: int = PER_SHARD) -> str:
     for shard in range(-(-len(samples) // per_shard)):
         write_shard(str(folder), shard, samples[shard * per_shard : (shard + 1) * per_shard])
-    write_index(str(folder))
+    build_index(str(folder))
     return str(folder)
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from lvdm.data.build_index import build_index
 from lvdm.data.fetch import read_sample
-from lvdm.data.index import open_index, write_index
+from lvdm.data.index import open_index
 from lvdm.data.writer import ShardSample, write_shard
 from lvdm.errors import UserError
 
@@ -52,7 +53,7 @@ def test_a_pickled_index_is_the_same(shards: str) -> None:
 
 def test_other_stores(samples: list[ShardSample]) -> None:
     write_shard("memory://index/set", 0, samples[:3])
-    assert write_index("memory://index/set") == 3
+    assert build_index("memory://index/set").samples == 3
     index = open_index(["memory://index/set"])
     assert read_sample(index[2])["mp4"] == samples[2].members["mp4"]
 
@@ -77,7 +78,8 @@ def test_foreign_shards(tmp_path: Path) -> None:
         add("../six.mp4")
         add("/seven.mp4")
         add(("x" * 200) + ".mp4", b"long")  # needs an extended header
-    assert write_index(str(tmp_path)) == 4
+    built = build_index(str(tmp_path))
+    assert built.samples == 4
     index = open_index([str(tmp_path)])
     records = [index[i] for i in range(4)]
     assert [record.key for record in records] == ["folder/one", "three", "five", "x" * 200]
@@ -118,10 +120,10 @@ def test_a_damaged_index_is_refused(copy: Path, damage: str) -> None:
 
 def test_sets_without_samples(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no shards"):
-        write_index(str(tmp_path))
+        build_index(str(tmp_path))
     with tarfile.open(tmp_path / "0.tar", "w"):
         pass
-    assert write_index(str(tmp_path)) == 0
+    assert build_index(str(tmp_path)).samples == 0
     with pytest.raises(UserError, match="the shard set is empty"):
         open_index([str(tmp_path)])
 
@@ -130,4 +132,4 @@ def test_a_cut_shard_is_not_indexed(copy: Path) -> None:
     path = copy / "00001.tar"
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(UserError, match=r"00001\.tar is not a whole tar file"):
-        write_index(str(copy))
+        build_index(str(copy))

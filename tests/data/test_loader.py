@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import multiprocessing
+import os
+import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from lvdm.config import ClipConfig, DataConfig, LatentSource, VideoSource
-from lvdm.data.batch import LatentBatch, VideoBatch
+from lvdm.data.batch import LatentBatch, Replacement, VideoBatch
 from lvdm.data.decode import decode_frames
 from lvdm.data.index import open_index
 from lvdm.data.latents import (
@@ -20,7 +24,8 @@ from lvdm.data.latents import (
     encode_latent,
     write_latent_set,
 )
-from lvdm.data.loader import build_loader, build_validation_loader, read_videos
+from lvdm.data.loader import VideoDataset, build_loader, build_validation_loader, read_videos
+from lvdm.data.samples import VideoSample
 from lvdm.data.writer import ShardSample
 from lvdm.errors import Requeue, UserError
 from tests.data.conftest import SAMPLES, write_set
@@ -104,7 +109,7 @@ def run(
                     micro=micro,
                     world=world,
                     rank=rank,
-                    first_position=start * BATCH,
+                    first_step=start,
                     steps=steps - start,
                 )
             )
@@ -126,7 +131,7 @@ def test_ranks_workers_and_resuming_change_nothing(kind: str, shards: str, laten
 
 def test_batches_come_in_the_order_of_the_steps(shards: str) -> None:
     loader = build_loader(
-        video_data(shards, workers=2), seed=0, batch=8, micro=2, world=2, rank=1, first_position=40, steps=2
+        video_data(shards, workers=2), seed=0, batch=8, micro=2, world=2, rank=1, first_step=5, steps=2
     )
     assert len(loader) == 4
     assert [batch.positions for batch in loader] == [[41, 43], [45, 47], [49, 51], [53, 55]]
@@ -136,8 +141,18 @@ def test_batches_come_in_the_order_of_the_steps(shards: str) -> None:
 def test_a_run_can_go_on_with_another_batch_size(shards: str) -> None:
     data = video_data(shards)
     whole = run(data)
-    rest = build_loader(data, seed=SEED, batch=6, micro=3, world=1, rank=0, first_position=8, steps=2)
+    before = build_loader(data, seed=SEED, batch=BATCH, micro=1, world=1, rank=0, steps=2)
+    assert before.course is not None
+    rest = build_loader(
+        data, seed=SEED, batch=6, micro=3, world=1, rank=0, first_step=2, steps=2, state=before.course.state
+    )
     assert contents(rest) == whole[8:20]
+    assert rest.course is not None
+    assert "the mixing of the data changed (batches): from step 2 on" in rest.course.notes[0]
+    later = build_loader(
+        data, seed=SEED, batch=6, micro=1, world=2, rank=1, first_step=3, steps=1, state=rest.course.state
+    )
+    assert contents(later) == whole[15:20:2]
 
 
 def test_every_epoch_has_each_sample_once(shards: str) -> None:
@@ -152,7 +167,7 @@ def test_every_epoch_has_each_sample_once(shards: str) -> None:
 def test_samples_are_the_clips_of_the_shards(shards: str, samples: list[ShardSample]) -> None:
     clip = CLIP.model_copy(update={"flip": 0.0, "start": "center"})
     data = video_data(shards, shuffle=False, text_dropout=0.0, video=VideoSource(shards=[shards], clip=clip))
-    batch = next(iter(build_loader(data, seed=1, batch=3, micro=3, world=1, rank=0, first_position=0, steps=1)))
+    batch = next(iter(build_loader(data, seed=1, batch=3, micro=3, world=1, rank=0, steps=1)))
     assert isinstance(batch, VideoBatch)
     assert batch.frames_BCTHW.shape == (3, 3, 8, 16, 16)
     for row in range(3):
@@ -170,9 +185,7 @@ def test_draws_vary_starts_flips_and_dropped_text(shards: str) -> None:
 
 
 def test_text_is_padded_and_dropped_text_is_the_unconditional(latent_shards: str) -> None:
-    loader = build_loader(
-        latent_data(latent_shards), seed=SEED, batch=23, micro=23, world=1, rank=0, first_position=0, steps=1
-    )
+    loader = build_loader(latent_data(latent_shards), seed=SEED, batch=23, micro=23, world=1, rank=0, steps=1)
     batch = next(iter(loader))
     assert isinstance(batch, LatentBatch)
     assert batch.moments_BCTHW.shape == (23, 4, 2, 4, 4)
@@ -222,7 +235,7 @@ def test_a_bad_clip_is_replaced_counted_and_listed(
     batches = [
         batch
         for rank in range(2)
-        for batch in build_loader(data, seed=7, batch=2, micro=1, world=2, rank=rank, first_position=0, steps=23)
+        for batch in build_loader(data, seed=7, batch=2, micro=1, world=2, rank=rank, steps=23)
     ]
     assert sorted(position for batch in batches for position in batch.positions) == list(range(46))
     first_epoch = [entry for batch in batches for entry in batch.replaced if entry.position < 23]
@@ -236,7 +249,7 @@ def test_a_bad_clip_is_replaced_counted_and_listed(
             assert entry.reason
     shown = {caption for batch in batches if isinstance(batch, VideoBatch) for caption in batch.captions}
     assert shown == {samples[number].meta["caption"] for number in range(23) if number not in bad}
-    again = build_loader(data, seed=7, batch=2, micro=2, world=1, rank=0, first_position=0, steps=23)
+    again = build_loader(data, seed=7, batch=2, micro=2, world=1, rank=0, steps=23)
     assert sorted(contents(again)) == sorted(contents(batches))
 
 
@@ -252,9 +265,7 @@ def test_a_set_of_bad_clips_alone_ends_with_one_line(tmp_path: Path) -> None:
 def test_a_shard_that_vanishes_ends_with_one_line(samples: list[ShardSample], tmp_path: Path) -> None:
     folder = write_set(tmp_path, samples[:9])
     for workers in (0, 1):
-        loader = build_loader(
-            video_data(folder, workers), seed=0, batch=1, micro=1, world=1, rank=0, first_position=0, steps=3
-        )
+        loader = build_loader(video_data(folder, workers), seed=0, batch=1, micro=1, world=1, rank=0, steps=3)
         (tmp_path / "00000.tar").rename(tmp_path / "gone")
         with pytest.raises(UserError, match=r"^cannot read .*00000\.tar: FileNotFoundError"):
             list(loader)
@@ -266,7 +277,7 @@ def test_a_shard_that_shrinks_is_not_a_bad_sample(
 ) -> None:
     monkeypatch.setattr("lvdm.data.fetch.FIRST_PAUSE", 0.001)
     folder = write_set(tmp_path, samples[:9])
-    loader = build_loader(video_data(folder), seed=0, batch=9, micro=9, world=1, rank=0, first_position=0, steps=1)
+    loader = build_loader(video_data(folder), seed=0, batch=9, micro=9, world=1, rank=0, steps=1)
     with open(tmp_path / "00000.tar", "r+b") as stream:
         stream.truncate(3000)
     with pytest.raises(Requeue, match="bytes came instead of"):
@@ -288,7 +299,7 @@ def test_bad_latents_are_replaced(latent_shards: str, tmp_path: Path) -> None:
     samples.append(ShardSample("6", {"txt": b"alone"}))
     folder = write_set(tmp_path, samples)
     write_latent_set(folder, LATENTS, torch.zeros(1, 3))
-    loader = build_loader(latent_data(folder), seed=1, batch=7, micro=7, world=1, rank=0, first_position=0, steps=1)
+    loader = build_loader(latent_data(folder), seed=1, batch=7, micro=7, world=1, rank=0, steps=1)
     reasons = {entry.key: entry.reason for batch in loader for entry in batch.replaced}
     assert set(reasons) == {"2", "3", "4", "5", "6"}
     for key, text in zip("23456", [*broken, "safetensors", "no .latent.safetensors member"], strict=True):
@@ -316,14 +327,47 @@ def test_errors_come_before_any_batch(shards: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder of shards"):
         run(video_data(str(tmp_path / "nowhere")))
     with pytest.raises(UserError, match="not divisible by 3 ranks"):
-        build_loader(video_data(shards), seed=0, batch=4, micro=1, world=3, rank=0, first_position=0, steps=1)
+        build_loader(video_data(shards), seed=0, batch=4, micro=1, world=3, rank=0, steps=1)
 
 
 def test_a_batch_moves_to_a_device(shards: str) -> None:
-    batch = next(
-        iter(build_loader(video_data(shards), seed=0, batch=1, micro=1, world=1, rank=0, first_position=0, steps=1))
-    )
+    batch = next(iter(build_loader(video_data(shards), seed=0, batch=1, micro=1, world=1, rank=0, steps=1)))
     assert isinstance(batch, VideoBatch)
     moved = batch.to("meta")
     assert moved.frames_BCTHW.device.type == "meta"
     assert moved.captions == batch.captions
+
+
+class Deadly(VideoDataset):
+    """Kills the process that decodes one of its clips."""
+
+    deadly = ""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.deadly = type(self).deadly  # of the instance, to travel to the workers with it
+
+    def load(
+        self, members: dict[str, bytes], bucket: int, position: int, replaced: tuple[Replacement, ...]
+    ) -> VideoSample:
+        if members["txt"].decode() == self.deadly and multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().load(members, bucket, position, replaced)
+
+
+def test_a_clip_that_kills_its_worker_twice_is_bad_and_the_sequence_goes_on(
+    shards: str, samples: list[ShardSample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = video_data(shards, text_dropout=0.0)
+    whole = run(data)
+    monkeypatch.setattr("lvdm.data.loader.VideoDataset", Deadly)
+    monkeypatch.setattr(Deadly, "deadly", whole[9][2])
+    loader = build_loader(
+        video_data(shards, workers=2, text_dropout=0.0), seed=SEED, batch=BATCH, micro=2, world=1, rank=0, steps=6
+    )
+    batches = list(loader)
+    replaced = [entry for batch in batches for entry in batch.replaced]
+    assert [(entry.position, entry.reason) for entry in replaced] == [(9, "killed two workers that read it")]
+    found = contents(batches)
+    assert found[:9] + found[10:] == whole[:9] + whole[10:]
+    assert found[9] != whole[9]

@@ -20,9 +20,7 @@ def read(folder: str, *, world: int, workers: int = 0, steps: int = 6, start: in
     data = DataConfig(kind="stream", video=source, workers=workers, text_dropout=0.0)
     return [
         list(
-            build_loader(
-                data, seed=5, batch=4, micro=1, world=world, rank=rank, first_position=4 * start, steps=steps - start
-            )
+            build_loader(data, seed=5, batch=4, micro=1, world=world, rank=rank, first_step=start, steps=steps - start)
         )
         for rank in range(world)
     ]

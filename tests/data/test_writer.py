@@ -9,8 +9,9 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 
+from lvdm.data.build_index import build_index
 from lvdm.data.fetch import read_sample
-from lvdm.data.index import open_index, write_index
+from lvdm.data.index import open_index
 from lvdm.data.writer import ShardSample, sample_key, write_shard
 from lvdm.errors import UserError
 
@@ -51,7 +52,7 @@ def test_equal_samples_give_equal_tars(samples: list[ShardSample], tmp_path: Pat
 def test_keys_of_foreign_shards_survive(tmp_path: Path) -> None:
     keys = ["v1.0/folder/öne", "x" * 150]
     write_shard(str(tmp_path), 0, [ShardSample(key, {"txt": b"text"}) for key in keys])
-    write_index(str(tmp_path))
+    build_index(str(tmp_path))
     index = open_index([str(tmp_path)])
     assert [index[row].key for row in range(2)] == keys
     assert read_sample(index[1])["txt"] == b"text"

@@ -1,0 +1,225 @@
+"""Choose rows of an index by what its fields say, and keep the answer where every process can map it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lvdm.config import ClipConfig, Condition
+from lvdm.data.index import META, Index
+from lvdm.errors import UserError
+from lvdm.storage import atomic_file, cache_folder, read_json, write_json
+
+_COMPARE = {
+    "==": pc.equal,
+    "!=": pc.not_equal,
+    "<": pc.less,
+    "<=": pc.less_equal,
+    ">": pc.greater,
+    ">=": pc.greater_equal,
+}
+_SIZE_FIELDS = ("width", "height", "frames")
+
+
+class MappedRows(Sequence[int]):
+    """Numbers in a ``.npy`` file, mapped: a worker that is sent them maps the same file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.array: np.ndarray = np.load(path, mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, place: Any) -> Any:
+        return int(self.array[place])
+
+    def __reduce__(self) -> tuple[type[MappedRows], tuple[Path]]:
+        return MappedRows, (self.path,)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Rows of an index that pass all conditions."""
+
+    rows: tuple[Sequence[int], ...]
+    """Row numbers by size of clip, in the order of the index."""
+    joined: tuple[MappedRows, ...]
+    """For each joined index, its row of the same sample by row of this one, -1 where it has none."""
+    removed: dict[str, int]
+    """By condition, the rows that it removed of those that the ones before it left."""
+
+    def __len__(self) -> int:
+        return sum(map(len, self.rows))
+
+
+def select(
+    index: Index, where: Sequence[Condition] = (), sizes: Sequence[ClipConfig] = (), join: Sequence[Index] = ()
+) -> Selection:
+    """The rows that pass all conditions and that every joined index has, by the size of clip that suits them best.
+
+    Conditions see the fields of the index and of those joined. Several ``sizes`` share the rows out: to the longest
+    clip that a video has frames for, of those to the one nearest in shape.
+
+    Raises:
+        UserError: no index has a field of that name, or a value cannot be compared with it.
+    """
+    if not where and len(sizes) < 2 and not join:
+        return Selection((range(len(index)),), (), {})
+    about = [
+        [index.mark, *(side.mark for side in join)],
+        [condition.model_dump(mode="json") for condition in where],
+        [size.model_dump(mode="json") for size in sizes],
+    ]
+    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
+    folder = cache_folder("selections") / key
+    paths = [folder / f"rows-{number}.npy" for number in range(max(len(sizes), 1))]
+    joins = [folder / f"joined-{number}.npy" for number in range(len(join))]
+    if not (folder / "removed.json").is_file():  # written last
+        matches = [_join(index, side) for side in join]
+        rows, removed = _select(index, where, sizes, join, matches)
+        for path, array in zip([*paths, *joins], [*rows, *matches], strict=True):
+            with atomic_file(str(path)) as target:
+                np.save(target, array)
+        write_json(folder / "removed.json", removed)
+    return Selection(
+        tuple(MappedRows(path) for path in paths),
+        tuple(MappedRows(path) for path in joins),
+        read_json(folder / "removed.json"),
+    )
+
+
+def _select(
+    index: Index,
+    where: Sequence[Condition],
+    sizes: Sequence[ClipConfig],
+    join: Sequence[Index],
+    matches: Sequence[np.ndarray],
+) -> tuple[list[np.ndarray], dict[str, int]]:
+    fields = sorted({condition.field for condition in where} | set(_SIZE_FIELDS if len(sizes) > 1 else ()))
+    owners = [_owner(field, [index, *join], where) for field in fields]
+    removed: dict[str, int] = {}
+    kept: list[list[np.ndarray]] = [[] for _ in range(max(len(sizes), 1))]
+    start = 0
+    for columns in _columns(index, join, matches, fields, owners):
+        rows = len(next(iter(columns.values()))) if columns else 0
+        alive = np.ones(rows, dtype=bool)
+
+        def leave(passes: np.ndarray, reason: str, alive: np.ndarray = alive) -> None:
+            removed[reason] = removed.get(reason, 0) + int((alive & ~passes).sum())
+            alive &= passes
+
+        for side, match in zip(join, matches, strict=True):
+            leave(match[start : start + rows] >= 0, f"not in {', '.join(side.folders)}")
+        for condition in where:
+            leave(_passes(columns[condition.field], condition), str(condition))
+        if len(sizes) > 1:
+            width, height, frames = (_numbers(columns[field]) for field in _SIZE_FIELDS)
+            leave(~np.isnan(width + height + frames), "width, height or frames unknown")
+            bucket = _bucket_of(width, height, frames, sizes)
+            leave(bucket >= 0, "too short for every size")
+        else:
+            bucket = np.zeros(rows, dtype=np.int64)
+        for number, chosen in enumerate(kept):
+            chosen.append(np.flatnonzero(alive & (bucket == number)) + start)
+        start += rows
+    dtype = np.uint32 if start < 2**32 else np.uint64
+    return [np.concatenate([np.zeros(0, np.int64), *chosen]).astype(dtype) for chosen in kept], removed
+
+
+def _columns(
+    index: Index, join: Sequence[Index], matches: Sequence[np.ndarray], fields: Sequence[str], owners: Sequence[int]
+) -> Iterator[dict[str, pa.Array]]:
+    """The wanted fields of each batch of rows; a joined index's are looked up row by row."""
+    theirs = {
+        field: pa.chunked_array([batch.column(0) for batch in join[owner - 1].columns([f"{META}{field}"])])
+        for field, owner in zip(fields, owners, strict=True)
+        if owner
+    }
+    own = [f"{META}{field}" for field, owner in zip(fields, owners, strict=True) if not owner]
+    start = 0
+    for batch in index.columns(["shard", *own]):
+        found = {name.removeprefix(META): batch.column(name) for name in batch.schema.names}
+        for field, owner in zip(fields, owners, strict=True):
+            if owner:
+                rows = matches[owner - 1][start : start + batch.num_rows]
+                taken = theirs[field].take(pa.array(rows, mask=rows < 0))
+                found[field] = taken.combine_chunks()
+        start += batch.num_rows
+        yield found
+
+
+def _owner(field: str, indexes: Sequence[Index], where: Sequence[Condition]) -> int:
+    """Which of the indexes has a field, the first of them first. Raises `UserError` if none has, or not as compared."""
+    types = [index.types() for index in indexes]
+    owner = next((number for number, known in enumerate(types) if field in known), None)
+    if owner is None:
+        known = ", ".join(sorted(set().union(*types))) or "none"
+        raise UserError(f"the index of {', '.join(indexes[0].folders)} has no field {field}; it has {known}")
+    for condition in where:
+        if condition.field != field:
+            continue
+        values = condition.value if isinstance(condition.value, tuple) else (condition.value,)
+        for kind, value in ((kind, value) for kind in types[owner][field] for value in values):
+            if isinstance(value, str) != pa.types.is_string(kind) or isinstance(value, bool) != pa.types.is_boolean(
+                kind
+            ):
+                is_a = "text" if pa.types.is_string(kind) else "boolean" if pa.types.is_boolean(kind) else "number"
+                raise UserError(f"condition {condition}: {field} is a {is_a}, which {value!r} is not")
+    return owner
+
+
+def _passes(column: pa.Array, condition: Condition) -> np.ndarray:
+    if pa.types.is_null(column.type):
+        return np.full(len(column), condition.comparison == "!=")
+    if condition.comparison == "in":
+        passes = pc.is_in(column, pa.array(condition.value, column.type))
+    else:
+        passes = _COMPARE[condition.comparison](column, pa.scalar(condition.value, column.type))
+        passes = pc.fill_null(passes, condition.comparison == "!=")
+    answer: np.ndarray = passes.to_numpy(zero_copy_only=False).astype(bool)
+    return answer
+
+
+def _numbers(column: pa.Array) -> np.ndarray:
+    if not pa.types.is_floating(column.type):
+        return np.full(len(column), np.nan)
+    numbers: np.ndarray = column.to_numpy(zero_copy_only=False)
+    return numbers
+
+
+def _bucket_of(width: np.ndarray, height: np.ndarray, frames: np.ndarray, sizes: Sequence[ClipConfig]) -> np.ndarray:
+    """The size of clip that suits each video, -1 for none."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shape = np.log(width / height)
+    far = np.stack([np.abs(shape - np.log(size.width / size.height)) for size in sizes])
+    # a frame more outweighs any shape
+    cost = far - 1e6 * np.array([[size.frames] for size in sizes])
+    spans = np.array([[(size.frames - 1) * size.stride + 1] for size in sizes])
+    cost = np.where(frames[None] >= spans, cost, np.inf)
+    return np.where(np.isfinite(cost).any(0), cost.argmin(0), -1)
+
+
+def _join(index: Index, side: Index) -> np.ndarray:
+    """The row of ``side`` with the same name of shard and the same key, by row of ``index``; -1 where it has none."""
+    theirs: dict[str, tuple[int, Callable[[], pa.Array]]] = {}
+    for name, first, keys in side.shard_keys():
+        theirs.setdefault(name, (first, keys))
+    matches = np.full(len(index), -1, dtype=np.int64)
+    for name, first, keys in index.shard_keys():
+        if name not in theirs:
+            continue
+        own = keys()
+        start, their_keys = theirs[name]
+        found = pc.index_in(own, value_set=their_keys())
+        rows = pc.fill_null(pc.add(pc.cast(found, pa.int64()), start), -1)
+        matches[first : first + len(own)] = rows.to_numpy(zero_copy_only=False)
+    return matches
