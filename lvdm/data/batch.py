@@ -43,6 +43,10 @@ class VideoBatch:
     def __len__(self) -> int:
         return len(self.positions)
 
+    def pin_memory(self) -> VideoBatch:
+        """The same batch in memory that a GPU copies from while the host goes on; torch's loader calls it."""
+        return replace(self, frames_BCTHW=self.frames_BCTHW.pin_memory())
+
     def to(self, device: torch.device | str) -> VideoBatch:
         """The same batch with its tensors on ``device``."""
         return replace(self, frames_BCTHW=self.frames_BCTHW.to(device, non_blocking=True))
@@ -71,6 +75,15 @@ class LatentBatch:
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    def pin_memory(self) -> LatentBatch:
+        """As for `VideoBatch`."""
+        return replace(
+            self,
+            moments_BCTHW=self.moments_BCTHW.pin_memory(),
+            text_BLD=self.text_BLD.pin_memory(),
+            text_mask_BL=self.text_mask_BL.pin_memory(),
+        )
 
     def to(self, device: torch.device | str) -> LatentBatch:
         """The same batch with its tensors on ``device``."""

@@ -1,11 +1,14 @@
-"""Chosen frames out of the bytes of a video, by PyAV (FFmpeg).
+"""Chosen frames out of the bytes of a video or of images.
 
-The packets are listed without decoding; frame i is the i-th by presentation time. Decoding starts at the last key
-frame that is not after the first wanted frame and stops at the last wanted one; in between, packets of unwanted frames
-that no other frame refers to are skipped, which changes no bit of the others. swscale resizes.
+Videos are read by PyAV (FFmpeg). The packets are listed without decoding; frame i is the i-th by presentation time.
+Decoding starts at the last key frame that is not after the first wanted frame and stops at the last wanted one; in
+between, packets of unwanted frames that no other frame refers to are skipped, which changes no bit of the others.
+Where a file's time stamps cannot be trusted, frames are counted as they come out of the decoder. swscale resizes.
 
-Input is hostile until proven otherwise: only self-contained container formats are opened, and work is bounded by
-budgets of packets and pixels, not of seconds, so that the outcome is the same on a busy machine.
+Frames come out as a player shows them: upright, with square pixels.
+
+Input is hostile until proven otherwise: only self-contained formats are opened, and work is bounded by budgets of
+bytes, packets and pixels, not of seconds, so that the outcome is the same on a busy machine.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Literal, cast
 
 import av
@@ -22,9 +26,12 @@ from av.container import InputContainer
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
+from lvdm.data import images
+from lvdm.data.fit import CENTER, Fit, Resize, fit
 from lvdm.errors import BadSample
 
 VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "avi", "mov", "gif", "m4v")
+Decoder = Literal["pyav", "torchcodec"]
 
 MAX_BYTES = 1 << 31
 MAX_PACKETS = 1_000_000
@@ -35,8 +42,10 @@ MAX_DECODED_PIXELS = 1 << 34
 
 # playlists and the concat format would open other files
 _FORMATS = "mov,mp4,matroska,webm,avi,gif"
-_Timed = tuple[int, "av.Packet[VideoStream]"]  # with its presentation time, in the stream's units
 _REORDER = 32  # packets that may separate decoding order from presentation order; H.264 and H.265 allow 16 frames
+_SKIPPABLE = {"h264", "hevc"}  # codecs whose decoders leave out an unwanted frame and nothing else
+_IN_ORDER = {"mjpeg", "ffv1", "prores", "png", "rawvideo", "huffyuv", "dvvideo"}  # codecs without reordering
+_Timed = tuple[int, "av.Packet[VideoStream]"]  # with its presentation time, in the stream's units
 
 
 @dataclass(frozen=True)
@@ -48,68 +57,124 @@ class VideoInfo:
     fps: float
     """Frames a second on average; 0 if unknown."""
     width: int
+    """As shown: upright, with square pixels. So is the height."""
     height: int
     duration: float
     """Seconds; 0 if unknown."""
+    times: Callable[[], Sequence[float]] = field(default=list, repr=False, compare=False)
+    """Gives the seconds at which the frames are shown, in order, while the file is being decoded."""
 
 
 Indices = Sequence[int] | Callable[[VideoInfo], Sequence[int]]
 
 
-def probe(data: bytes) -> VideoInfo:
-    """Read the header of a video. Raises `BadSample` if it is none, or beyond the budgets."""
+def probe(data: bytes | Sequence[bytes]) -> VideoInfo:
+    """Read the header and the first frame of a video, or of images; ``times`` is not to be asked for.
+
+    Raises:
+        BadSample: it is none, its first frame does not decode, or it is beyond the budgets.
+    """
+    if not isinstance(data, bytes):
+        width, height = images.size_of(data[0], MAX_FRAME_PIXELS)
+        return VideoInfo(len(data), 0.0, width, height, 0.0)
     with _opened(data) as (container, stream):
-        return _info(container, stream)
+        info = _info(container, stream)
+        listed = _Packets(container, stream, 0)
+        _check_range([0], len(listed))
+        _, frame = next(listed.decode({0}))
+        height, width = _shown(frame, stream)
+    return VideoInfo(info.frames, info.fps, width, height, info.duration)
 
 
 def decode_frames(
-    data: bytes, indices: Indices, height: int, width: int, resize: Literal["crop", "squash"] = "crop"
+    data: bytes | Sequence[bytes],
+    indices: Indices,
+    height: int,
+    width: int,
+    resize: Resize = "crop",
+    *,
+    place: tuple[float, float] = CENTER,
+    decoder: Decoder = "pyav",
 ) -> np.ndarray:
     """Decode chosen frames, uint8 RGB ``[T, H, W, 3]``.
 
     Args:
-        data: a whole video file.
+        data: a whole video file, or images that are its frames.
         indices: frame numbers from 0 in the order wanted, or a function that chooses them from the header.
         height, width: size of the result in pixels.
-        resize: ``crop`` scales the shorter side to fit and crops the centre; ``squash`` ignores the aspect.
+        resize: how frames are made to fit, see `lvdm.data.fit.fit`.
+        place: where a crop lies, from 0 to 1 down and across.
+        decoder: what decodes videos.
 
     Raises:
         BadSample: not a video, damaged where it is needed, too short, or beyond the budgets.
+        UserError: the decoder is not installed.
     """
+    if not isinstance(data, bytes):
+        info = VideoInfo(len(data), 0.0, 0, 0, 0.0)
+        wanted = list(indices(info) if callable(indices) else indices)
+        _check_range(wanted, len(data))
+        frames = {i: images.decode(data[i], height, width, resize, place, MAX_FRAME_PIXELS) for i in set(wanted)}
+        return np.stack([frames[index] for index in wanted])
     with _opened(data) as (container, stream):
         info = _info(container, stream)
         wanted = list(indices(info) if callable(indices) else indices)
-        frames = dict(_frames(container, stream, info, set(wanted), height, width, resize))
+        listed = _Packets(container, stream, max(wanted))
+        _check_range(wanted, len(listed))
+        if decoder == "torchcodec" and listed.stamped:
+            from lvdm.data import decode_torchcodec
+
+            listed.check_budget(set(wanted))
+            return decode_torchcodec.decode(data, wanted, height, width, resize, place, _aspect(stream))
+        frames = dict(_fitted(listed, stream, set(wanted), height, width, resize, place))
     return np.stack([frames[index] for index in wanted])
 
 
 def iterate_frames(data: bytes, span: range, height: int, width: int) -> Iterator[np.ndarray]:
     """The frames of ``span`` one by one, uint8 RGB ``[H, W, 3]``, resized as by ``crop``. Raises as `decode_frames`."""
     with _opened(data) as (container, stream):
-        for _, frame_HWC in _frames(container, stream, _info(container, stream), set(span), height, width, "crop"):
+        _info(container, stream)
+        listed = _Packets(container, stream, max(span))
+        _check_range(span, len(listed))
+        for _, frame_HWC in _fitted(listed, stream, set(span), height, width, "crop", CENTER):
             yield frame_HWC
 
 
-def _frames(
-    container: InputContainer,
+def _check_range(wanted: Sequence[int], frames: int) -> None:
+    if max(wanted) >= frames:
+        raise BadSample(f"frame {max(wanted)} is missing: the file holds {frames} frames")
+
+
+def _fitted(
+    listed: _Packets,
     stream: VideoStream,
-    info: VideoInfo,
     wanted: set[int],
     height: int,
     width: int,
-    resize: str,
+    resize: Resize,
+    place: tuple[float, float],
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The wanted frames and their numbers, in order."""
-    packets, times = _packets(container, stream, max(wanted))
-    if max(wanted) >= len(times):
-        raise BadSample(f"frame {max(wanted)} is missing: the file holds {len(times)} frames")
-    scaled_height, scaled_width = _scaled_size(info, height, width, resize)
-    top, left = (scaled_height - height) // 2, (scaled_width - width) // 2
-    numbers = {times[index]: index for index in wanted}
+    """The wanted frames and their numbers, in order, upright and of the size asked for."""
     reformatter = VideoReformatter()
-    for time, frame in _decode(stream, packets, set(numbers)):
-        scaled = reformatter.reformat(frame, width=scaled_width, height=scaled_height, format="rgb24", threads=1)
-        yield numbers[time], scaled.to_ndarray()[top : top + height, left : left + width]
+    for number, frame in listed.decode(wanted):
+        shown_height, shown_width = _shown(frame, stream)
+        how: Fit = fit(shown_height, shown_width, height, width, resize, place)
+        turns = round(frame.rotation / 90)
+        scaled = (how.width, how.height) if turns % 2 == 0 else (how.height, how.width)
+        rgb = reformatter.reformat(frame, width=scaled[0], height=scaled[1], format="rgb24", threads=1).to_ndarray()
+        yield number, how.apply(np.rot90(rgb, turns) if turns % 4 else rgb)
+
+
+def _shown(frame: av.VideoFrame, stream: VideoStream) -> tuple[int, int]:
+    """Height and width of a frame as a player shows it."""
+    width = max(round(frame.width * _aspect(stream)), 1)
+    return (width, frame.height) if round(frame.rotation / 90) % 2 else (frame.height, width)
+
+
+def _aspect(stream: VideoStream) -> Fraction:
+    """Width of a pixel over its height."""
+    aspect = stream.sample_aspect_ratio or Fraction(1)
+    return aspect if Fraction(1, 8) <= aspect <= 8 else Fraction(1)  # beyond, it is a mistake
 
 
 @contextmanager
@@ -132,76 +197,134 @@ def _opened(data: bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
 
 
 def _info(container: InputContainer, stream: VideoStream) -> VideoInfo:
+    """What the header says, of the size as coded."""
     if not (stream.width > 0 and stream.height > 0):
         raise BadSample("the header gives no frame size")
     if stream.width * stream.height > MAX_FRAME_PIXELS:
         raise BadSample(f"frames of {stream.width}x{stream.height} exceed the limit of {MAX_FRAME_PIXELS} pixels")
     entries = stream.index_entries
     frames = stream.frames
+    if container.format.name == "avi":  # its header counts empty packets too
+        frames = 0
     if 0 < frames <= len(entries):  # mp4 lists all its packets; an edit list hides some
         frames = sum(not entry.is_discard for entry in entries)
     elif frames <= 0:  # only some containers tell: count
-        frames = len(_packets(container, stream, MAX_PACKETS)[1])
-        container.seek(0)
+        frames = len(_Packets(container, stream, MAX_PACKETS))
     rate = stream.average_rate or stream.guessed_rate
     fps = float(rate) if rate else 0.0
     if stream.duration and stream.time_base:
         duration = float(stream.duration * stream.time_base)
     else:
         duration = frames / fps if fps else 0.0
-    return VideoInfo(frames=frames, fps=fps, width=stream.width, height=stream.height, duration=duration)
+
+    def times() -> list[float]:
+        return _Packets(container, stream, MAX_PACKETS).seconds()
+
+    return VideoInfo(frames, fps, stream.width, stream.height, duration, times)
 
 
-def _packets(container: InputContainer, stream: VideoStream, last: int) -> tuple[list[_Timed], list[int]]:
-    """Packets in decoding order up to what frame ``last`` can need, and the sorted times of the frames in them."""
-    packets: list[_Timed] = []
-    for packet in container.demux(stream):
-        if not packet.size:
-            continue
-        if packet.pts is None:
-            packet.pts = packet.dts
-        if packet.pts is None:
-            raise BadSample("a packet has no time stamp")
-        packets.append((packet.pts, packet))
-        if len(packets) > MAX_PACKETS:
-            raise BadSample(f"more than {MAX_PACKETS} packets")
-        if len(packets) > last + _REORDER:
-            break
-    times = sorted(time for time, packet in packets if not packet.is_discard)
-    if len(set(times)) != len(times):
-        raise BadSample("two frames have the same time stamp")
-    return packets, times
+class _Packets:
+    """The packets of a video in decoding order, up to what frame ``last`` can need."""
 
+    def __init__(self, container: InputContainer, stream: VideoStream, last: int) -> None:
+        self._stream = stream
+        self._packets: list[_Timed] = []
+        self.stamped: bool = container.format.name != "avi" or stream.codec_context.name in _IN_ORDER
+        container.seek(0)
+        for packet in container.demux(stream):
+            if not packet.size:
+                continue
+            if packet.pts is None:
+                packet.pts = packet.dts
+            if packet.pts is None:
+                packet.pts = len(self._packets)
+                self.stamped = False
+            self._packets.append((packet.pts, packet))
+            if len(self._packets) > MAX_PACKETS:
+                raise BadSample(f"more than {MAX_PACKETS} packets")
+            if len(self._packets) > last + _REORDER:
+                break
+        self._times = sorted(time for time, packet in self._packets if not packet.is_discard)
+        self.stamped = self.stamped and len(set(self._times)) == len(self._times)
 
-def _decode(stream: VideoStream, packets: list[_Timed], wanted: set[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-    """The frames at the presentation times ``wanted``, in order. Raises `BadSample` if one does not come out whole."""
-    first, left = min(wanted), set(wanted)
-    keys = [i for i, (time, packet) in enumerate(packets) if packet.is_keyframe and time <= first]
-    budget = MAX_DECODED_PIXELS // (stream.width * stream.height)
-    decoder = stream.codec_context
-    for time, packet in [*packets[max(keys, default=0) :], (None, None)]:
-        if packet is not None:
-            if packet.is_corrupt:
-                raise BadSample("the file is cut off inside a frame that the clip needs")
-            decoder.skip_frame = "DEFAULT" if time in wanted else "NONREF"
-            budget -= 1
-            if budget < 0:
-                raise BadSample(f"decoding this clip exceeds the limit of {MAX_DECODED_PIXELS} pixels")
-        for frame in decoder.decode(packet):
-            if frame.is_corrupt:  # its damage spreads to the frames that refer to it, and nothing marks those
-                raise BadSample("a frame that the clip needs is damaged")
-            if frame.pts in left:
+    def __len__(self) -> int:
+        return len(self._times)
+
+    def seconds(self) -> list[float]:
+        """When each frame is shown."""
+        rate = self._stream.average_rate or self._stream.guessed_rate
+        unit = self._stream.time_base
+        if self.stamped and unit:
+            return [float(time * unit) for time in self._times]
+        return [float(number / rate) if rate else 0.0 for number in range(len(self._times))]
+
+    def check_budget(self, wanted: set[int]) -> None:
+        """Raises `BadSample` if getting at the ``wanted`` frames takes too many pixels."""
+        first, last = 0, max(wanted)
+        if self.stamped:
+            first, time = self._key_before(min(wanted)), self._times[last]
+            last = next(i for i, (own, _) in enumerate(self._packets) if own == time)
+        self._spend(last + 1 - first)
+
+    def decode(self, wanted: set[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+        """The ``wanted`` frames with their numbers, in order. Raises `BadSample` if one does not come out whole."""
+        self.check_budget(wanted)
+        left = sorted(wanted, reverse=True)
+        if not self.stamped:
+            yield from self._counted(left)
+        else:
+            # a stream refreshed bit by bit has key frames that are whole only some frames later: then from the start
+            for start in dict.fromkeys((self._key_before(left[-1]), 0)):
+                self._stream.codec_context.flush_buffers()
+                yield from self._by_time(start, left)
+                if not left:
+                    break
+        if left:
+            raise BadSample(f"{len(left)} of {len(wanted)} frames do not decode")
+
+    def _by_time(self, start: int, left: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Take frames off the end of ``left`` as they come, until one is passed over."""
+        times = {self._times[number] for number in left}
+        for frame in self._decoded(start, times):
+            if frame.pts is None or not left or frame.pts < self._times[left[-1]]:
+                continue
+            if frame.pts > self._times[left[-1]]:
+                return
+            yield left.pop(), frame
+            if not left:
+                return
+
+    def _counted(self, left: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Take frames off the end of ``left`` by their number from the start of the file."""
+        for number, frame in enumerate(self._decoded(0, None)):
+            if number == left[-1]:
+                yield left.pop(), frame
+                if not left:
+                    return
+
+    def _decoded(self, start: int, times: set[int] | None) -> Iterator[av.VideoFrame]:
+        """The frames from packet ``start`` on; with ``times`` others may be missing."""
+        decoder = self._stream.codec_context
+        may_skip = times is not None and decoder.name in _SKIPPABLE
+        for spent, (time, packet) in enumerate([*self._packets[start:], (None, None)]):
+            if packet is not None:
+                self._spend(spent + 1)
+                if packet.is_corrupt:
+                    raise BadSample("the file is cut off inside a frame that the clip needs")
+                decoder.skip_frame = "NONREF" if may_skip and time not in cast(set[int], times) else "DEFAULT"
+            for frame in decoder.decode(packet):
+                if frame.is_corrupt:  # its damage spreads to the frames that refer to it, and nothing marks those
+                    raise BadSample("a frame that the clip needs is damaged")
                 if frame.width * frame.height > MAX_FRAME_PIXELS:
                     raise BadSample(f"a frame of {frame.width}x{frame.height} exceeds the limit of pixels")
-                left.remove(frame.pts)
-                yield frame.pts, frame
-        if not left:
-            return
-    raise BadSample(f"{len(left)} of {len(wanted)} frames do not decode")
+                yield frame
 
+    def _spend(self, packets: int) -> None:
+        if packets * self._stream.width * self._stream.height > MAX_DECODED_PIXELS:
+            raise BadSample(f"decoding this clip exceeds the limit of {MAX_DECODED_PIXELS} pixels")
 
-def _scaled_size(info: VideoInfo, height: int, width: int, resize: str) -> tuple[int, int]:
-    if resize == "squash":
-        return height, width
-    scale = max(height / info.height, width / info.width)
-    return max(height, round(info.height * scale)), max(width, round(info.width * scale))
+    def _key_before(self, number: int) -> int:
+        """The last packet from which decoding gives frame ``number``."""
+        first = self._times[number]
+        keys = [i for i, (time, packet) in enumerate(self._packets) if packet.is_keyframe and time <= first]
+        return max(keys, default=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import cast
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from lvdm.config import ClipConfig
 from lvdm.data import decode, transforms
 from lvdm.data.batch import LatentBatch, Replacement, VideoBatch
+from lvdm.data.images import IMAGE_EXTENSIONS, frame_number
 from lvdm.errors import BadSample, Requeue, UserError
 
 
@@ -52,24 +54,58 @@ def load_clip(
     *,
     seed: int,
     text_dropout: float,
+    captions: Mapping[str, float] = MappingProxyType({}),
+    decoder: decode.Decoder = "pyav",
     replaced: tuple[Replacement, ...] = (),
 ) -> VideoSample:
-    """The clip that ``position`` draws from a sample's members. Raises `BadSample`."""
-    extension = next((e for e in decode.VIDEO_EXTENSIONS if e in members), None)
-    if extension is None:
-        raise BadSample("no video member")
-    start, flip = transforms.clip_draws(seed, position)
+    """The clip that ``position`` draws from a sample's members: of a video, of images that are its frames, or an image.
+
+    Args:
+        captions: as `lvdm.data.transforms.choose_caption` takes them.
+    Raises:
+        BadSample: none of these, too short, or damaged where it is needed.
+        UserError: the decoder is not installed.
+    """
+    draws = transforms.clip_draws(seed, position)
+
+    def indices(info: decode.VideoInfo) -> list[int]:
+        if clip.fps is None or clip.frames == 1:
+            return transforms.clip_indices(info.frames, clip, draws.start)
+        times = info.times() or transforms.times_of_images(members, info.frames)
+        return transforms.clip_indices_at(times, clip, draws.start)
+
     frames_THWC = decode.decode_frames(
-        members[extension],
-        lambda info: transforms.clip_indices(info.frames, clip, start),
+        footage(members),
+        indices,
         clip.height,
         clip.width,
         clip.resize,
+        place=(draws.down, draws.across),
+        decoder=decoder,
     )
-    if flip < clip.flip:
+    if draws.flip < clip.flip:
         frames_THWC = transforms.mirror(frames_THWC)
-    dropped = transforms.drops_text(seed, position, text_dropout)
-    return VideoSample(position, frames_THWC, "" if dropped else transforms.read_caption(members), replaced)
+    caption = ""
+    if not transforms.drops_text(seed, position, text_dropout):
+        caption = transforms.choose_caption(members, captions, seed, position)
+    return VideoSample(position, frames_THWC, caption, replaced)
+
+
+def footage(members: Mapping[str, bytes]) -> bytes | list[bytes]:
+    """The video among a sample's members, or its frames: ``0001.jpg``, ``0002.jpg`` and so on, or one image.
+
+    Raises:
+        BadSample: there is none.
+    """
+    for extension in decode.VIDEO_EXTENSIONS:
+        if extension in members:
+            return members[extension]
+    numbered = sorted((number, name) for name in members if (number := frame_number(name)) is not None)
+    frames = [members[name] for _, name in numbered]
+    frames = frames or [members[extension] for extension in IMAGE_EXTENSIONS if extension in members][:1]
+    if not frames:
+        raise BadSample("no video and no image in the sample")
+    return frames
 
 
 def collate(samples: Sequence[VideoSample] | Sequence[LatentSample]) -> VideoBatch | LatentBatch:

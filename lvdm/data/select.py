@@ -26,7 +26,10 @@ _COMPARE = {
     ">": pc.greater,
     ">=": pc.greater_equal,
 }
-_SIZE_FIELDS = ("width", "height", "frames")
+
+
+_ABOUT_SIZE = ("width", "height", "frames", "fps")
+_VERSION = 1  # of how rows are chosen: part of the name under which an answer is kept
 
 
 class MappedRows(Sequence[int]):
@@ -66,15 +69,18 @@ def select(
 ) -> Selection:
     """The rows that pass all conditions and that every joined index has, by the size of clip that suits them best.
 
-    Conditions see the fields of the index and of those joined. Several ``sizes`` share the rows out: to the longest
-    clip that a video has frames for, of those to the one nearest in shape.
+    Conditions see the fields of the index and of those joined. Videos that are known to be too short for every size
+    are left out. Several ``sizes`` share the rows out: to the longest clip that a video has frames for, of those to the
+    one nearest in shape.
 
     Raises:
         UserError: no index has a field of that name, or a value cannot be compared with it.
     """
-    if not where and len(sizes) < 2 and not join:
+    fields = _fields(where, sizes, [index, *join])
+    if not fields and not join:
         return Selection((range(len(index)),), (), {})
     about = [
+        _VERSION,
         [index.mark, *(side.mark for side in join)],
         [condition.model_dump(mode="json") for condition in where],
         [size.model_dump(mode="json") for size in sizes],
@@ -85,16 +91,32 @@ def select(
     joins = [folder / f"joined-{number}.npy" for number in range(len(join))]
     if not (folder / "removed.json").is_file():  # written last
         matches = [_join(index, side) for side in join]
-        rows, removed = _select(index, where, sizes, join, matches)
+        rows, removed = _select(index, where, sizes, join, matches, fields)
         for path, array in zip([*paths, *joins], [*rows, *matches], strict=True):
+            if len(array) == len(index) and path in paths:
+                continue  # all rows
             with atomic_file(str(path)) as target:
                 np.save(target, array)
         write_json(folder / "removed.json", removed)
     return Selection(
-        tuple(MappedRows(path) for path in paths),
+        tuple(MappedRows(path) if path.is_file() else range(len(index)) for path in paths),
         tuple(MappedRows(path) for path in joins),
         read_json(folder / "removed.json"),
     )
+
+
+def _fields(where: Sequence[Condition], sizes: Sequence[ClipConfig], indexes: Sequence[Index]) -> dict[str, int]:
+    """The fields that decide, each with the number of the index that has it. Raises `UserError` if none has."""
+    types = [index.types() for index in indexes]
+    wanted = {condition.field for condition in where}
+    if len(sizes) > 1:
+        wanted |= {"width", "height", "frames"}
+    known = set().union(*types)
+    if sizes:
+        wanted |= known & {"frames"}
+    if any(size.fps for size in sizes):
+        wanted |= known & {"fps"}
+    return {field: _owner(field, indexes, where) for field in sorted(wanted)}
 
 
 def _select(
@@ -103,13 +125,12 @@ def _select(
     sizes: Sequence[ClipConfig],
     join: Sequence[Index],
     matches: Sequence[np.ndarray],
+    fields: dict[str, int],
 ) -> tuple[list[np.ndarray], dict[str, int]]:
-    fields = sorted({condition.field for condition in where} | set(_SIZE_FIELDS if len(sizes) > 1 else ()))
-    owners = [_owner(field, [index, *join], where) for field in fields]
     removed: dict[str, int] = {}
     kept: list[list[np.ndarray]] = [[] for _ in range(max(len(sizes), 1))]
     start = 0
-    for columns in _columns(index, join, matches, fields, owners):
+    for columns in _columns(index, join, matches, fields):
         rows = len(next(iter(columns.values()))) if columns else 0
         alive = np.ones(rows, dtype=bool)
 
@@ -121,13 +142,15 @@ def _select(
             leave(match[start : start + rows] >= 0, f"not in {', '.join(side.folders)}")
         for condition in where:
             leave(_passes(columns[condition.field], condition), str(condition))
+        bucket = np.zeros(rows, dtype=np.int64)
+        known = {name: _numbers(column) for name, column in columns.items() if name in _ABOUT_SIZE}
+        enough = [_long_enough(size, rows, known) for size in sizes]
         if len(sizes) > 1:
-            width, height, frames = (_numbers(columns[field]) for field in _SIZE_FIELDS)
-            leave(~np.isnan(width + height + frames), "width, height or frames unknown")
-            bucket = _bucket_of(width, height, frames, sizes)
-            leave(bucket >= 0, "too short for every size")
-        else:
-            bucket = np.zeros(rows, dtype=np.int64)
+            sides = known["width"] + known["height"]
+            leave(~np.isnan(sides + known["frames"]), "width, height or frames unknown")
+            bucket = _bucket_of(known["width"], known["height"], enough, sizes)
+        if sizes:
+            leave(np.any(enough, axis=0), "too short")
         for number, chosen in enumerate(kept):
             chosen.append(np.flatnonzero(alive & (bucket == number)) + start)
         start += rows
@@ -136,19 +159,19 @@ def _select(
 
 
 def _columns(
-    index: Index, join: Sequence[Index], matches: Sequence[np.ndarray], fields: Sequence[str], owners: Sequence[int]
+    index: Index, join: Sequence[Index], matches: Sequence[np.ndarray], fields: dict[str, int]
 ) -> Iterator[dict[str, pa.Array]]:
     """The wanted fields of each batch of rows; a joined index's are looked up row by row."""
     theirs = {
         field: pa.chunked_array([batch.column(0) for batch in join[owner - 1].columns([f"{META}{field}"])])
-        for field, owner in zip(fields, owners, strict=True)
+        for field, owner in fields.items()
         if owner
     }
-    own = [f"{META}{field}" for field, owner in zip(fields, owners, strict=True) if not owner]
+    own = [f"{META}{field}" for field, owner in fields.items() if not owner]
     start = 0
     for batch in index.columns(["shard", *own]):
         found = {name.removeprefix(META): batch.column(name) for name in batch.schema.names}
-        for field, owner in zip(fields, owners, strict=True):
+        for field, owner in fields.items():
             if owner:
                 rows = matches[owner - 1][start : start + batch.num_rows]
                 taken = theirs[field].take(pa.array(rows, mask=rows < 0))
@@ -196,16 +219,28 @@ def _numbers(column: pa.Array) -> np.ndarray:
     return numbers
 
 
-def _bucket_of(width: np.ndarray, height: np.ndarray, frames: np.ndarray, sizes: Sequence[ClipConfig]) -> np.ndarray:
-    """The size of clip that suits each video, -1 for none."""
+def _long_enough(size: ClipConfig, rows: int, known: dict[str, np.ndarray]) -> np.ndarray:
+    """Which videos may have the frames that a clip takes; only decoding tells of those whose length is unknown."""
+    unknown = np.full(rows, np.nan)
+    frames = known.get("frames", unknown)
+    step = known.get("fps", unknown) / size.fps if size.fps else np.float64(size.stride)
+    # the instants of a clip may be half a frame off
+    needed = np.maximum(np.round((size.frames - 1) * step), size.min_frames - 1) + 1
+    enough: np.ndarray = ~(frames < needed)
+    return enough
+
+
+def _bucket_of(
+    width: np.ndarray, height: np.ndarray, enough: Sequence[np.ndarray], sizes: Sequence[ClipConfig]
+) -> np.ndarray:
+    """The size of clip that suits each video best, of those that it is long enough for."""
     with np.errstate(divide="ignore", invalid="ignore"):
         shape = np.log(width / height)
     far = np.stack([np.abs(shape - np.log(size.width / size.height)) for size in sizes])
     # a frame more outweighs any shape
     cost = far - 1e6 * np.array([[size.frames] for size in sizes])
-    spans = np.array([[(size.frames - 1) * size.stride + 1] for size in sizes])
-    cost = np.where(frames[None] >= spans, cost, np.inf)
-    return np.where(np.isfinite(cost).any(0), cost.argmin(0), -1)
+    best: np.ndarray = np.where(enough, cost, np.inf).argmin(0)
+    return best
 
 
 def _join(index: Index, side: Index) -> np.ndarray:

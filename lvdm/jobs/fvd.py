@@ -140,7 +140,7 @@ def _batches(clips: Clips, seed: int, size: int, bad: dict[str, str]) -> Iterato
         return
     group: list[np.ndarray] = []
     for number, file in enumerate(names):
-        draw, _ = clip_draws(seed, number)
+        draw = clip_draws(seed, number).start
 
         def indices(info: VideoInfo, draw: float = draw) -> list[int]:
             return clip_indices(info.frames, clips.clip, draw)

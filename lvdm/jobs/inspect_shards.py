@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 
 from lvdm.config import ClipConfig, Condition
-from lvdm.data.decode import VIDEO_EXTENSIONS, decode_frames, probe
+from lvdm.data.decode import decode_frames, probe
 from lvdm.data.fetch import Fetcher
 from lvdm.data.index import META, Index, open_index
+from lvdm.data.samples import footage
 from lvdm.data.select import select
 from lvdm.data.transforms import read_caption
 from lvdm.errors import BadSample, UserError
@@ -99,15 +100,13 @@ def write_sheet(folders: Sequence[str], path: Path, rows: int, where: Sequence[C
     records = [index[chosen[int(place)]] for place in places]
     clips, captions, faults = [], [], []
     for record, members in zip(records, Fetcher().samples(records), strict=True):
-        extension = next((e for e in VIDEO_EXTENSIONS if e in members), None)
         try:
-            if extension is None:
-                raise BadSample("no video member")
-            info = probe(members[extension])
-            shown = np.unique(np.linspace(0, info.frames - 1, _SHEET_FRAMES).round().astype(int)).tolist()
+            data = footage(members)
+            info = probe(data)
+            shown = np.linspace(0, info.frames - 1, _SHEET_FRAMES).round().astype(int).tolist()
             height = min(info.height, 256)
             width = max(round(info.width * height / info.height), 1)
-            clips.append(decode_frames(members[extension], shown, height, width))
+            clips.append(decode_frames(data, shown, height, width))
             captions.append(f"{record.key}: {read_caption(members) or '(no caption)'}")
         except BadSample as error:
             faults.append(f"{record.key} in {record.shard}: {error}")

@@ -3,15 +3,17 @@ from __future__ import annotations
 import io
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from lvdm.data import decode
-from lvdm.data.decode import decode_frames, iterate_frames, probe
+from lvdm.data.decode import VideoInfo, decode_frames, iterate_frames, probe
 from lvdm.data.encode import encode_mp4
-from lvdm.errors import BadSample
+from lvdm.errors import BadSample, UserError
 from lvdm.synthetic import combinations, render
 
 FRAMES = 90
@@ -93,22 +95,190 @@ def test_the_header_is_read(b_frames: bytes) -> None:
     assert info.duration == pytest.approx(FRAMES / 24, abs=0.01)
 
 
+QUIET = {"x265-params": "log-level=none:keyint=20:open-gop=1"}
+BOTH_WAYS = {"bf": "2", "g": "20"}
+"""Key frames every 20 frames, and frames that refer to later ones."""
+
+
 @pytest.mark.parametrize(
-    ("codec", "container", "pix_fmt"),
+    ("codec", "container", "pix_fmt", "options"),
     [
-        ("libx264", "matroska", "yuv420p"),
-        ("libx264", "mov", "yuv444p"),
-        ("libvpx-vp9", "webm", "yuv420p"),
-        ("mpeg4", "avi", "yuv420p"),
-        ("gif", "gif", "rgb8"),
+        ("libx264", "matroska", "yuv420p", BOTH_WAYS | {"x264-params": "open-gop=1"}),
+        ("libx264", "mov", "yuv444p", BOTH_WAYS),
+        ("libx264", "avi", "yuv420p", BOTH_WAYS),  # its packets come with the stamps of another order
+        ("libx264", "matroska", "yuv420p", BOTH_WAYS | {"intra-refresh": "1"}),  # key frames that are whole later
+        ("libx265", "mp4", "yuv420p", QUIET),
+        ("libx265", "matroska", "yuv420p10le", QUIET),
+        ("libvpx", "webm", "yuv420p", {"g": "20", "auto-alt-ref": "1", "lag-in-frames": "16", "cpu-used": "8"}),
+        ("libvpx-vp9", "webm", "yuv420p", {"g": "20", "cpu-used": "8", "deadline": "realtime"}),
+        ("libsvtav1", "mp4", "yuv420p", {"g": "20", "preset": "12"}),
+        ("libsvtav1", "webm", "yuv420p10le", {"g": "20", "preset": "12"}),
+        ("mpeg4", "avi", "yuv420p", {"bf": "2", "g": "12"}),
+        ("mpeg4", "mp4", "yuv420p", {"bf": "2", "g": "12"}),
+        ("mjpeg", "avi", "yuvj420p", {}),
+        ("prores_ks", "mov", "yuv422p10le", {}),
+        ("gif", "gif", "rgb8", {}),
     ],
+    ids=lambda value: value if isinstance(value, str) else ",".join(value),
 )
-def test_other_containers_and_codecs(codec: str, container: str, pix_fmt: str) -> None:
-    data = encode(moving_noise(20), codec, container, pix_fmt)
+def test_containers_and_codecs(codec: str, container: str, pix_fmt: str, options: dict[str, str]) -> None:
+    data = encode(moving_noise(60), codec, container, pix_fmt, **options)
     expected = sequential(data)
     info = probe(data)
-    assert (info.frames, info.width, info.height) == (20, 64, 48)
-    np.testing.assert_array_equal(decode_frames(data, [7, 9, 19], 48, 64), expected[[7, 9, 19]])
+    assert (info.frames, info.width, info.height) == (60, 64, 48)
+    for wanted in ([0], [59], [25, 30], [19, 20, 21, 22], [41]):
+        np.testing.assert_array_equal(decode_frames(data, wanted, 48, 64), expected[wanted], err_msg=str(wanted))
+
+
+@pytest.mark.parametrize(("height", "width"), [(35, 51), (1, 1), (16, 17)])
+def test_odd_sizes(height: int, width: int) -> None:
+    frames = np.full((6, height, width, 3), (200, 120, 40), np.uint8)
+    data = encode(frames, "libx264", "mp4", "yuv444p", crf="1")
+    assert (probe(data).height, probe(data).width) == (height, width)
+    back = decode_frames(data, [0, 5], height, width)
+    assert back.shape == (2, height, width, 3)
+    assert abs(back.astype(int) - frames[:2]).max() < 6
+    assert decode_frames(data, [2], 33, 20).shape == (1, 33, 20, 3)
+
+
+@pytest.mark.parametrize("standard", [1, 5])  # BT.709, as high definition is told, and BT.601
+def test_colours_come_out_as_they_went_in(standard: int) -> None:
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [200, 120, 40]], np.uint8)
+    frame = av.VideoFrame.from_ndarray(np.repeat(colours[None], 16, 0).repeat(16, 1), format="rgb24")
+    stream = io.BytesIO()
+    with av.open(stream, "w", format="mp4") as out:
+        video = out.add_stream("libx264", rate=24, options={"crf": "1"})
+        video.height, video.width, video.pix_fmt = 16, 64, "yuv420p"
+        video.codec_context.colorspace, video.codec_context.color_range = standard, 1
+        out.mux(video.encode(frame.reformat(format="yuv420p", dst_colorspace=standard)))
+        out.mux(video.encode())
+    back = decode_frames(stream.getvalue(), [0], 16, 64)[0, 8, 8::16]
+    assert abs(back.astype(int) - colours).max() < 8
+
+
+@pytest.mark.parametrize("degrees", [90, 180, -90])
+def test_a_turned_video_stands_upright(degrees: int) -> None:
+    frames = moving_noise(8)
+    stream = io.BytesIO()
+    with av.open(stream, "w", format="mp4") as out:
+        video = out.add_stream("libx264", rate=24)
+        video.height, video.width, video.pix_fmt = 48, 64, "yuv420p"
+        video.set_display_rotation(degrees)
+        for frame in frames:
+            out.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        out.mux(video.encode())
+    data = stream.getvalue()
+    with av.open(io.BytesIO(data)) as container:
+        turned = next(container.decode(video=0)).rotation  # counterclockwise, as FFmpeg tells it
+    info = probe(data)
+    assert (info.height, info.width) == ((48, 64) if degrees == 180 else (64, 48))
+    expected = np.stack([np.rot90(frame, turned // 90) for frame in sequential(data)])
+    np.testing.assert_array_equal(decode_frames(data, range(8), info.height, info.width), expected)
+
+
+def test_pixels_that_are_not_square_are_shown_as_wide_as_they_are() -> None:
+    frames = np.zeros((2, 40, 40, 3), np.uint8)
+    frames[:, :, 10:30] = 255
+    stream = io.BytesIO()
+    with av.open(stream, "w", format="mp4") as out:
+        video = out.add_stream("libx264", rate=8)
+        video.height, video.width, video.pix_fmt = 40, 40, "yuv420p"
+        video.codec_context.sample_aspect_ratio = Fraction(2, 1)
+        for frame in frames:
+            out.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        out.mux(video.encode())
+    data = stream.getvalue()
+    assert (probe(data).height, probe(data).width) == (40, 80)
+    cropped = decode_frames(data, [1], 40, 40)[0, 20, :, 0]  # the middle half of 80 columns is white
+    assert (cropped[1:-1] > 200).all()
+
+
+def test_frames_at_instants_of_a_variable_rate() -> None:
+    """Frames shown for 10, 20, 30 ... hundredths of a second: their times are the file's, not their numbers'."""
+    gaps = [0.1 * (1 + number % 3) for number in range(20)]
+    shown = np.cumsum([0.0, *gaps])[:20]
+    stream = io.BytesIO()
+    with av.open(stream, "w", format="mp4") as out:
+        video = out.add_stream("libx264", rate=24)
+        video.height, video.width, video.pix_fmt = 48, 64, "yuv420p"
+        video.codec_context.time_base = Fraction(1, 1000)
+        for frame, time in zip(moving_noise(20), shown, strict=True):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture.pts, picture.time_base = round(time * 1000), Fraction(1, 1000)
+            out.mux(video.encode(picture))
+        out.mux(video.encode())
+    data = stream.getvalue()
+    times: list[float] = []
+
+    def indices(info: VideoInfo) -> list[int]:
+        times.extend(info.times())
+        return [3, 17]
+
+    got = decode_frames(data, indices, 48, 64)
+    np.testing.assert_allclose(np.array(times) - times[0], shown, atol=0.002)
+    np.testing.assert_array_equal(got, sequential(data)[[3, 17]])
+
+
+def image(frame_HWC: np.ndarray, kind: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(frame_HWC).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True}), ("JPEG", {"quality": 95, "subsampling": 0})]
+)
+def test_images_are_frames(kind: str, options: dict[str, Any]) -> None:
+    frames = render(combinations()[0], 0, frames=4, size=32)
+    data = [image(frame, kind, **options) for frame in frames]
+    assert (probe(data).frames, probe(data).width) == (4, 32)
+    back = decode_frames(data, [3, 1, 1], 32, 32)
+    assert abs(back.astype(float) - frames[[3, 1, 1]]).mean() < 3
+    assert decode_frames(data[:1], [0], 16, 24).shape == (1, 16, 24, 3)
+    with pytest.raises(BadSample, match="frame 4 is missing: the file holds 4 frames"):
+        decode_frames(data, [4], 32, 32)
+    with pytest.raises(BadSample, match="not decodable"):
+        decode_frames([data[0][:-200]], [0], 32, 32)
+
+
+def test_images_stand_upright_and_what_is_transparent_is_black() -> None:
+    frame = moving_noise(1)[0]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned a quarter
+    turned = image(np.rot90(frame), "JPEG", exif=exif, quality=100, subsampling=0)
+    assert (probe([turned]).height, probe([turned]).width) == frame.shape[:2]
+    assert abs(decode_frames([turned], [0], *frame.shape[:2])[0].astype(int) - frame).mean() < 4
+    clear = np.dstack([frame, np.zeros(frame.shape[:2], np.uint8)])
+    assert decode_frames([image(clear, "PNG")], [0], 16, 16).max() == 0
+
+
+def test_images_of_other_kinds_are_bad(monkeypatch: pytest.MonkeyPatch) -> None:
+    frame = moving_noise(1)[0]
+    with pytest.raises(BadSample, match="not decodable"):
+        decode_frames([image(frame, "BMP")], [0], 16, 16)
+    deep = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(deep, "PNG")
+    with pytest.raises(BadSample, match="more than 8 bits"):
+        decode_frames([deep.getvalue()], [0], 8, 8)
+    monkeypatch.setattr(decode, "MAX_FRAME_PIXELS", 48 * 64 - 1)
+    with pytest.raises(BadSample, match="64x48 exceeds the limit"):
+        decode_frames([image(frame, "PNG")], [0], 16, 16)
+
+
+def test_torchcodec_gives_the_same_frames(b_frames: bytes) -> None:
+    try:
+        import torchcodec.decoders  # noqa: F401
+    except (ImportError, RuntimeError, OSError):
+        with pytest.raises(UserError, match=r"^data\.video\.decoder=torchcodec: .*; install it and FFmpeg"):
+            decode_frames(b_frames, [0], 48, 64, decoder="torchcodec")
+        pytest.skip("torchcodec is not installed, which was said in one line")
+    wanted = [40, 0, FRAMES - 1]
+    theirs = decode_frames(b_frames, wanted, 48, 64, decoder="torchcodec")
+    assert abs(theirs.astype(int) - sequential(b_frames)[wanted]).max() <= 1
+    disordered = encode(moving_noise(40), "libx264", "avi", "yuv420p", **BOTH_WAYS)
+    np.testing.assert_array_equal(
+        decode_frames(disordered, [33], 48, 64, decoder="torchcodec"), sequential(disordered)[[33]]
+    )
 
 
 def test_the_header_can_choose_the_frames(b_frames: bytes) -> None:
@@ -134,6 +304,22 @@ def test_frames_hidden_by_an_edit_list_do_not_count() -> None:
     assert len(expected) == 30
     assert probe(data).frames == 30
     np.testing.assert_array_equal(decode_frames(data, [0, 13, 29], 48, 64), expected[[0, 13, 29]])
+
+
+def test_padding_and_random_crops() -> None:
+    frames = np.zeros((1, 40, 80, 3), np.uint8)
+    frames[:, :, :40] = 255
+    data = encode_mp4(np.repeat(frames, 2, 0), 8, crf=0)
+    padded = decode_frames(data, [0], 40, 40, "pad")[0, :, :, 0]
+    assert (padded[:9] == 0).all()
+    assert (padded[31:] == 0).all()
+    assert (padded[12:28, :18] > 220).all()
+    assert (padded[12:28, 22:] < 30).all()
+    left, right = (decode_frames(data, [0], 40, 40, "random_crop", place=(0.5, x))[0] for x in (0.0, 0.999))
+    assert left.min() > 220
+    assert right.max() < 30
+    middle = decode_frames(data, [0], 40, 40, "crop", place=(0, 0))[0, 20, :, 0] > 128
+    assert middle.tolist() == [True] * 20 + [False] * 20
 
 
 def test_cropping_keeps_the_aspect_and_the_centre() -> None:

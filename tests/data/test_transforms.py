@@ -1,9 +1,19 @@
 from __future__ import annotations
 
+import json
+from collections import Counter
+
 import pytest
 
 from lvdm.config import ClipConfig
-from lvdm.data.transforms import clip_draws, clip_indices, drops_text, read_caption
+from lvdm.data.transforms import (
+    choose_caption,
+    clip_draws,
+    clip_indices,
+    clip_indices_at,
+    drops_text,
+    read_caption,
+)
 from lvdm.errors import BadSample
 
 
@@ -18,6 +28,44 @@ def test_a_clip_as_long_as_the_video_and_one_longer() -> None:
     assert clip_indices(9, ClipConfig(frames=3, stride=4), 0.999) == [0, 4, 8]
     with pytest.raises(BadSample, match="8 frames are too few: 3 frames 4 apart need 9"):
         clip_indices(8, ClipConfig(frames=3, stride=4), 0.0)
+
+
+def test_clips_of_so_many_frames_a_second() -> None:
+    times = [number / 30 for number in range(90)]
+    clip = ClipConfig(frames=4, fps=10, start="first")
+    assert clip_indices_at(times, clip, 0.0) == [0, 3, 6, 9]
+    assert clip_indices_at([round(time, 2) for time in times], clip, 0.0) == [0, 3, 6, 9]  # coarse stamps
+    assert clip_indices_at(times, ClipConfig(frames=4, fps=50, start="first"), 0.0) == [0, 1, 1, 2]
+    assert clip_indices_at(times, ClipConfig(frames=4, fps=10), 0.9999) == [80, 83, 86, 89]
+    assert clip_indices_at(times, ClipConfig(frames=4, fps=10, start="center"), 0.0) == [40, 43, 46, 49]
+    uneven = [0.0, 0.1, 0.5, 0.55, 0.6, 1.0]
+    assert clip_indices_at(uneven, ClipConfig(frames=5, fps=4, start="first"), 0.0) == [0, 1, 2, 4, 5]
+    with pytest.raises(BadSample, match=r"10 frames are too few: 5 frames at 10 a second need 0\.400 s"):
+        clip_indices_at(times[:10], ClipConfig(frames=5, fps=10), 0.0)
+    with pytest.raises(BadSample, match="0 frames are too few"):
+        clip_indices_at([], clip, 0.0)
+
+
+def test_videos_below_the_least_length_are_bad() -> None:
+    clip = ClipConfig(frames=3, min_frames=50)
+    assert len(clip_indices(50, clip, 0.5)) == 3
+    with pytest.raises(BadSample, match=r"49 frames are fewer than clip\.min_frames=50"):
+        clip_indices(49, clip, 0.5)
+
+
+def test_captions_are_drawn_by_weight_among_those_there() -> None:
+    fields = {"caption": "short", "vblip": ["one", "two", ""], "number": 3}
+    members = {"txt": b"from file", "json": json.dumps(fields).encode()}
+    weights = {"txt": 1.0, "vblip": 3.0, "caption": 0.0, "missing": 9.0, "number": 9.0}
+    drawn = Counter(choose_caption(members, weights, 1, position) for position in range(4000))
+    assert drawn.keys() == {"from file", "one", "two"}
+    assert abs(drawn["from file"] - 1000) < 120
+    assert abs(drawn["one"] - 1500) < 140
+    assert choose_caption(members, weights, 1, 5) == choose_caption(members, weights, 1, 5)
+    assert choose_caption(members, {}, 1, 5) == "from file"
+    assert choose_caption({"json": members["json"]}, {"txt": 1.0}, 1, 5) == ""
+    lone = {"json": b'{"caption": "a \\ud800 b"}'}
+    assert choose_caption(lone, {"caption": 1.0}, 1, 5) == "a ? b"
 
 
 def test_draws_belong_to_the_position() -> None:

@@ -1,0 +1,55 @@
+"""TorchCodec in place of PyAV: an optional backend of `lvdm.data.decode.decode_frames`.
+
+It needs the package ``torchcodec`` and the FFmpeg libraries of the system. What may be opened, the numbers of frames
+and the budgets are those of `lvdm.data.decode`, which looks at the file first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize as resized
+
+from lvdm.data.fit import Resize, fit
+from lvdm.errors import BadSample, UserError
+
+
+def decode(
+    data: bytes,
+    indices: Sequence[int],
+    height: int,
+    width: int,
+    resize: Resize,
+    place: tuple[float, float],
+    aspect: Fraction,
+) -> np.ndarray:
+    """Frames by their numbers, uint8 RGB ``[T, height, width, 3]``; ``aspect`` is that of a pixel as shown.
+
+    Raises:
+        BadSample: they do not decode.
+        UserError: TorchCodec is not installed, or finds no FFmpeg.
+    """
+    decoder = _decoder()
+    try:
+        frames_TCHW = decoder(data, seek_mode="exact", num_ffmpeg_threads=1).get_frames_at(list(indices)).data
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise BadSample(f"not decodable: {type(error).__name__}: {str(error).strip().splitlines()[0]}") from None
+    tall, wide = frames_TCHW.shape[2:]
+    how = fit(tall, max(round(wide * aspect), 1), height, width, resize, place)
+    scaled = resized(frames_TCHW, [how.height, how.width], InterpolationMode.BILINEAR, antialias=True)
+    return np.stack([how.apply(frame) for frame in scaled.permute(0, 2, 3, 1).contiguous().numpy()])
+
+
+def _decoder() -> Any:
+    try:
+        from torchcodec.decoders import VideoDecoder
+    except (ImportError, RuntimeError, OSError) as error:  # without FFmpeg its libraries do not load
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"data.video.decoder=torchcodec: {reason}; install it and FFmpeg, or use pyav"
+        ) from None
+    return VideoDecoder

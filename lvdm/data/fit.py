@@ -1,0 +1,66 @@
+"""How a picture is made to fit another size: scaling, then cropping or padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Resize = Literal["crop", "random_crop", "squash", "pad"]
+CENTER = (0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A picture is scaled to ``height`` x ``width`` pixels, and then cut or padded to the size it shall have."""
+
+    height: int
+    width: int
+    target_height: int
+    target_width: int
+    top: int
+    """Rows cut off above; negative: black ones added."""
+    left: int
+    """Columns cut off at the left; negative: black ones added."""
+
+    def apply(self, scaled_HWC: np.ndarray) -> np.ndarray:
+        """The scaled picture, cut and padded."""
+        cut = scaled_HWC[
+            max(self.top, 0) : max(self.top, 0) + self.target_height,
+            max(self.left, 0) : max(self.left, 0) + self.target_width,
+        ]
+        if cut.shape[:2] == (self.target_height, self.target_width):
+            return cut
+        padded = np.zeros((self.target_height, self.target_width, 3), np.uint8)
+        top, left = max(-self.top, 0), max(-self.left, 0)
+        padded[top : top + cut.shape[0], left : left + cut.shape[1]] = cut
+        return padded
+
+
+def fit(
+    from_height: int, from_width: int, height: int, width: int, resize: Resize, place: tuple[float, float] = CENTER
+) -> Fit:
+    """How a picture of ``from_height`` x ``from_width`` becomes one of ``height`` x ``width``.
+
+    Args:
+        resize: ``crop`` scales the shorter side to fit and keeps the centre (LVDM's loader of frames); ``random_crop``
+            keeps the part at ``place``; ``squash`` ignores the aspect (LVDM's loader of videos); ``pad`` keeps all of
+            it, with black bars.
+        place: where a random crop lies, from 0 (top, left) to 1 (bottom, right), exclusive.
+    """
+    if resize == "squash":
+        return Fit(height, width, height, width, 0, 0)
+    ratios = height / from_height, width / from_width
+    if resize == "pad":
+        scale = min(ratios)
+        scaled = max(1, min(height, round(from_height * scale))), max(1, min(width, round(from_width * scale)))
+    else:
+        scale = max(ratios)
+        scaled = max(height, round(from_height * scale)), max(width, round(from_width * scale))
+    spare = scaled[0] - height, scaled[1] - width
+    if resize == "random_crop":
+        top, left = (int((pixels + 1) * draw) for pixels, draw in zip(spare, place, strict=True))
+    else:
+        top, left = (int(pixels / 2) for pixels in spare)
+    return Fit(*scaled, height, width, top, left)
