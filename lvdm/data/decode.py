@@ -189,6 +189,8 @@ def _opened(data: bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
             if not container.streams.video:
                 raise BadSample("no video stream")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise BadSample("the video is of an unknown codec")
             stream.codec_context.thread_count = 1
             stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # whatever the frames say
             yield cast(InputContainer, container), stream

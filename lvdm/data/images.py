@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lvdm.data.fit import Resize, fit
 from lvdm.errors import BadSample
@@ -57,6 +57,8 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
             if image.mode not in _EIGHT_BITS:
                 raise BadSample(f"images of mode {image.mode} are not supported: they have more than 8 bits a channel")
             yield ImageOps.exif_transpose(image)
+    except UnidentifiedImageError:
+        raise BadSample(f"not decodable: no {', '.join(_FORMATS)}") from None
     except _FAULTS as error:
         raise BadSample(f"not decodable: {type(error).__name__}: {error}") from None
 

@@ -1,0 +1,85 @@
+"""Videos, images and captions that nobody made in good faith; hostile tars are in ``test_tars.py``."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+
+from lvdm.config import ClipConfig
+from lvdm.data.decode import decode_frames
+from lvdm.data.samples import load_clip
+from lvdm.errors import BadSample
+from tests.data.fuzz import image, video
+
+FILES = 1500
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_damaged_file_gives_its_frames_or_a_reason(seed: int) -> None:
+    command = [sys.executable, "-m", "tests.data.fuzz", str(seed), str(FILES)]
+    tried = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
+    lines = tried.stdout.splitlines()
+    assert tried.returncode == 0, f"{lines[-1]}\n{tried.stderr[-2000:]}"
+    assert len(lines) == FILES
+    outcomes = [line.split(" ", 3)[3] for line in lines]
+    wrong = [line for line, outcome in zip(lines, outcomes, strict=True) if not outcome.startswith(("frames", "bad: "))]
+    assert not wrong
+    assert min(outcomes.count("frames"), sum(o.startswith("bad: ") for o in outcomes)) > FILES / 5
+    slow = [line for line in lines if float(line.split(" ")[2].rstrip("s")) > 5]
+    assert not slow
+
+
+def patched(data: bytes, box: bytes, behind: int, content: bytes) -> bytes:
+    place = data.index(box) + len(box) + behind
+    return data[:place] + content + data[place + len(content) :]
+
+
+def png_of(width: int, height: int) -> bytes:
+    data = image("png")
+    header = b"IHDR" + struct.pack(">II", width, height) + data[24:29]
+    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+
+
+def test_headers_that_promise_too_much_are_bad() -> None:
+    mp4, gif, webm = video("libx264", "mp4"), video("gif", "gif"), video("libvpx", "webm")
+    wide = webm.replace(b"\xe0\x86\xb0\x81\x30\xba\x81\x20", b"\xe0\x8a\xb0\x83\x01\x86\xa0\xba\x83\x01\x86\xa0")
+    wide = wide.replace(b"\xae\x01\0\0\0\0\0\0\x35", b"\xae\x01\0\0\0\0\0\0\x39")  # around it, 4 bytes more
+    wide = wide.replace(b"\x16\x54\xae\x6b\xbe", b"\x16\x54\xae\x6b\xc2")
+    assert len(wide) == len(webm) + 4
+    cases: list[tuple[bytes | list[bytes], str]] = [
+        (patched(mp4, b"stsz", 4, struct.pack(">II", 1, 0xFFFFFFFF)), "not decodable"),
+        (patched(mp4, b"stts", 4, struct.pack(">III", 1, 0xFFFFFFFF, 1)), "the file holds"),
+        (wide, "100000x100000 exceed the limit"),
+        (patched(gif, b"GIF89a", 0, struct.pack("<HH", 65535, 65535)), "exceed|no frame size|not decodable"),
+        ([png_of(100_000, 100_000)], "exceed"),
+        ([png_of(8_000, 8_000)], "truncated"),
+    ]
+    for data, reason in cases:
+        with pytest.raises(BadSample, match=reason):
+            decode_frames(data, lambda info: [info.frames // 2], 24, 24)
+
+
+def test_endless_streams_come_to_an_end() -> None:
+    gif = video("gif", "gif")
+    frames = gif[gif.index(b"\x21\xf9") : -1]
+    endless = gif[:-1] + frames * 2000
+    assert decode_frames(endless, [0, 12 * 2000], 24, 24).shape == (2, 24, 24, 3)
+    with pytest.raises(BadSample, match=r"missing|damaged|not decodable"):
+        decode_frames(endless, [10**9], 24, 24)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"\0" * 1000, bytes(range(256)) * 50, b"\xed\xa0\x80 \xff", "\u202e\U0001f600".encode(), b"a" * 10**6]
+)
+def test_captions_of_any_bytes_come_through_as_text(text: bytes) -> None:
+    clip = ClipConfig(frames=2, height=16, width=16)
+    escaped = text.decode("utf-8", "surrogateescape").encode("utf-16-le", "surrogatepass")
+    lone = "".join(f"\\u{unit:04x}" for (unit,) in struct.iter_unpack("<H", escaped[:2000]))
+    for members in ({"txt": text}, {"json": b'{"caption": "' + lone.encode() + b'"}'}, {"json": text}):
+        sample = load_clip({"mp4": video("libx264", "mp4"), **members}, clip, 0, seed=0, text_dropout=0.0)
+        sample.caption.encode()  # whatever comes later can write it
