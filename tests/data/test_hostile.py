@@ -46,11 +46,11 @@ def png_of(width: int, height: int) -> bytes:
 
 
 def test_headers_that_promise_too_much_are_bad() -> None:
-    mp4, gif, avi = video("libx264", "mp4"), video("gif", "gif"), video("mpeg4", "avi")
+    mp4, gif, avi = video("libx264", "mp4"), video("gif", "gif"), video("rawvideo", "avi")
     cases: list[tuple[bytes | list[bytes], str]] = [
         (patched(mp4, b"stsz", 4, struct.pack(">II", 1, 0xFFFFFFFF)), "not decodable"),
         (patched(mp4, b"stts", 4, struct.pack(">III", 1, 0xFFFFFFFF, 1)), "the file holds"),
-        (patched(avi, b"strf", 8, struct.pack("<II", 100_000, 100_000)), "100000x100000 exceed the limit"),
+        (patched(avi, b"strf", 8, struct.pack("<II", 100_000, 100_000)), "100000x100000 exceed|no frame size"),
         (patched(gif, b"GIF89a", 0, struct.pack("<HH", 65535, 65535)), "exceed|no frame size|not decodable"),
         ([png_of(100_000, 100_000)], "exceed"),
         ([png_of(8_000, 8_000)], "truncated"),
@@ -63,8 +63,8 @@ def test_headers_that_promise_too_much_are_bad() -> None:
 def test_endless_streams_come_to_an_end() -> None:
     gif = video("gif", "gif")
     frames = gif[gif.index(b"\x21\xf9") : -1]
-    endless = gif[:-1] + frames * 2000
-    assert decode_frames(endless, [0, 12 * 2000], 24, 24).shape == (2, 24, 24, 3)
+    endless = gif[:-1] + frames * 500
+    assert decode_frames(endless, [0, 12 * 500], 24, 24).shape == (2, 24, 24, 3)
     with pytest.raises(BadSample, match=r"missing|damaged|not decodable"):
         decode_frames(endless, [10**9], 24, 24)
 
