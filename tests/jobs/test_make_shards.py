@@ -11,11 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from lvdm.data.decode import decode_frames, probe
 from lvdm.data.encode import encode_mp4
 from lvdm.data.fetch import read_sample
 from lvdm.data.index import open_index
+from lvdm.data.samples import footage as footage_of
 from lvdm.errors import UserError
 from lvdm.jobs.make_shards import Source, footage, make_shapes, make_video_shards, read_folder, read_list
 from lvdm.synthetic import HELD_OUT, caption, combinations, render
@@ -119,6 +121,31 @@ def test_cutting_and_resizing(folder: Path, tmp_path: Path) -> None:
         assert abs(clip - expected).mean() < 6  # of 255: encoded twice
         later = original[5 + 8 * row : 13 + 8 * row]
         assert abs(clip - expected).mean() < abs(clip - later).mean()
+
+
+def test_folders_of_frames(tmp_path: Path) -> None:
+    frames = render(combinations()[3], 0, frames=12, size=32)
+    (tmp_path / "videos/sky/clip_7").mkdir(parents=True)
+    for number, frame in enumerate(frames):
+        Image.fromarray(frame).save(tmp_path / f"videos/sky/clip_7/frame{number}.PNG")
+    (tmp_path / "videos/sky/clip_7.txt").write_text("clouds pass")
+    sources = read_folder(str(tmp_path / "videos"), frames_fps=6)
+    assert [(Path(s.location).name, s.caption) for s in sources] == [("clip_7", "clouds pass")]
+    make_video_shards(str(tmp_path / "whole"), sources, shard_size=10)
+    record = open_index([str(tmp_path / "whole")])[0]
+    assert (record.meta["frames"], record.meta["fps"], record.meta["duration"]) == (12, 6, 2)
+    members = read_sample(record)
+    assert members["0010.png"] == (tmp_path / "videos/sky/clip_7/frame10.PNG").read_bytes()
+    np.testing.assert_array_equal(decode_frames(footage_of(members), [2, 10, 11], 32, 32), frames[[2, 10, 11]])
+    make_video_shards(str(tmp_path / "cut"), sources, shard_size=10, clip_seconds=1.0)
+    index = open_index([str(tmp_path / "cut")])
+    assert len(index) == 2
+    clip = decode_frames(read_sample(index[1])["mp4"], range(6), 32, 32)
+    assert abs(clip.astype(float) - frames[6:]).mean() < 6
+    made = make_video_shards(
+        str(tmp_path / "unknown"), [*read_folder(str(tmp_path / "videos")), sources[0]], shard_size=10, clip_seconds=1.0
+    )
+    assert [reason for _, reason in made.failed] == ["the frame rate is unknown, so it cannot be cut"]
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
