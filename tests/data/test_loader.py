@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import multiprocessing
@@ -371,3 +372,32 @@ def test_a_clip_that_kills_its_worker_twice_is_bad_and_the_sequence_goes_on(
     found = contents(batches)
     assert found[:9] + found[10:] == whole[:9] + whole[10:]
     assert found[9] != whole[9]
+
+
+def test_the_memory_of_workers_stays_flat_over_ten_thousand_clips(shards: str) -> None:
+    source = VideoSource(shards=[shards], clip=ClipConfig(frames=2, height=8, width=8))
+    data = video_data(shards, workers=2, video=source)
+    loader = build_loader(data, seed=SEED, batch=50, micro=50, world=1, rank=0, steps=200)
+    early = 0
+    for number, _ in enumerate(loader):
+        if number == 40:
+            early = workers_memory()
+    late = workers_memory()
+    assert early > 0
+    assert late - early < 10 << 20, f"{early >> 20} MiB after 2,000 clips, {late >> 20} MiB after 10,000"
+
+
+def workers_memory() -> int:
+    """Bytes of their own that the descendants of this process hold."""
+    parents: dict[int, tuple[int, int]] = {}
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):
+            fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
+            parents[int(status.parent.name)] = (
+                int(fields["PPid"]),
+                int(fields.get("RssAnon", "0 kB").split()[0]) << 10,
+            )
+    mine = {os.getpid()}
+    while grown := {pid for pid, (parent, _) in parents.items() if parent in mine} - mine:
+        mine |= grown
+    return sum(parents[pid][1] for pid in mine - {os.getpid()})

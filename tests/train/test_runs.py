@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -10,13 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from diffusers import AutoencoderKL
 from PIL import Image
 
+from lvdm.data.build_index import build_index
+from lvdm.data.writer import ShardSample, write_shard
 from lvdm.inference import load
 from lvdm.jobs.export import export_checkpoint
+from lvdm.synthetic import caption, combinations, render
 from tests.conftest import Toy, copy_with_broken_clips
 from tests.ranks import Launch, run_ranks
-from tests.train.runs import log_of, run, wait_for_step
+from tests.train.runs import log_of, losses_of, run, wait_for_step
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +142,42 @@ def test_video_shards_and_their_latents_train_alike(toy: Toy, tmp_path: Path) ->
     run_ranks(run, 1, toy.diffusion(decoded, run__steps=3, data__kind="video"))
     first, second = ([line["loss"] for line in log_of(folder)] for folder in (stored, decoded))
     assert first == pytest.approx(second, rel=1e-4)
+
+
+def test_images_and_videos_of_weighted_sets_train_together_and_resume(toy: Toy, tmp_path: Path) -> None:
+    """Two buckets, one of them of images, whose step is twice as large; two ranks stop, one goes on."""
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[4, 4],
+        norm_num_groups=2,
+        latent_channels=4,
+    )
+    vae.save_pretrained(tmp_path / "vae")
+    pictures = tmp_path / "images"
+    for number, combination in enumerate(combinations()[:12]):
+        stream = io.BytesIO()
+        Image.fromarray(render(combination, number, 1, 16)[0]).save(stream, "PNG")
+        members = {"png": stream.getvalue(), "txt": caption(combination).encode()}
+        write_shard(str(pictures), number, [ShardSample(f"{number:05d}", members, {"width": 16, "height": 16})])
+    build_index(str(pictures))
+    buckets = [{"frames": 1, "height": 16, "width": 16, "size": 8}, {"frames": 2, "height": 16, "width": 16, "size": 4}]
+    sets = [{"folders": [toy.shards], "weight": 1}, {"folders": [str(pictures)], "weight": 2}]
+
+    def tree(folder: Path, **changes: Any) -> dict[str, Any]:
+        clip = {"stride": 1, "buckets": buckets}
+        mixed = {"data__kind": "video", "data__video": {"shards": sets, "clip": clip}, "data__workers": 0}
+        frozen = {"vae": {"kind": "diffusers", "name": str(tmp_path / "vae")}}
+        return toy.diffusion(folder, **(mixed | frozen | changes))
+
+    run_ranks(run, 1, tree(tmp_path / "straight", run__steps=12))
+    run_ranks(run, 2, tree(tmp_path / "run", run__steps=5))
+    run_ranks(run, 1, tree(tmp_path / "run", run__steps=12))
+    straight, resumed = losses_of(tmp_path / "straight"), losses_of(tmp_path / "run")
+    assert resumed == pytest.approx(straight, rel=1e-4)
+    other = [{"folders": [toy.shards], "weight": 3}, {"folders": [str(pictures)], "weight": 1}]
+    (said,) = run_ranks(run, 1, tree(tmp_path / "run", run__steps=14, data__video__shards=other))
+    assert "the mixing of the data changed (weights): from step 12 on it is new" in said
 
 
 def test_streaming_source_trains(toy: Toy, tmp_path: Path) -> None:
