@@ -71,10 +71,15 @@ class ClipConfig(Section):
     """Width of a clip in pixels."""
     stride: PositiveInt = 1
     """Video frames from one clip frame to the next."""
+    fps: Annotated[float, Field(gt=0)] | None = None
+    """Clip frames a second, in place of ``stride``: those of the video nearest in time."""
+    min_frames: NonNegativeInt = 0
+    """Frames that a video must have to be used at all; in any case as many as a clip takes."""
     start: Literal["random", "first", "center"] = "random"
     """Where in the video the clip starts."""
-    resize: Literal["crop", "squash"] = "crop"
-    """``crop``: scale the shorter side to fit, crop the centre; ``squash``: scale both sides, ignoring the aspect."""
+    resize: Literal["crop", "random_crop", "squash", "pad"] = "crop"
+    """``crop``: scale the shorter side to fit, crop the centre; ``random_crop``: crop anywhere; ``squash``: scale both
+    sides, ignoring the aspect; ``pad``: scale the longer side to fit, with black bars."""
     flip: Fraction = 0.0
     """Probability of mirroring a clip left to right."""
     buckets: tuple[Bucket, ...] = ()
@@ -85,6 +90,12 @@ class ClipConfig(Section):
         """This config for each bucket, or itself."""
         sides = [{"frames": b.frames, "height": b.height, "width": b.width, "buckets": ()} for b in self.buckets]
         return [self.model_copy(update=update) for update in sides] or [self]
+
+    @model_validator(mode="after")
+    def _one_pace(self) -> ClipConfig:
+        if self.fps is not None and self.stride != 1:
+            raise ValueError("fps and stride both say how far clip frames lie apart: give one")
+        return self
 
 
 class Condition(Section):
@@ -152,6 +163,11 @@ class VideoSource(Section):
     """Folders (any fsspec URL) of indexed shards, read as one set, or sets with weights and conditions."""
     clip: ClipConfig = ClipConfig()
     """How clips are cut."""
+    captions: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """Where captions come from, with weights: ``txt`` is the file of that name, others are fields of the ``.json``, a
+    text or a list of them. Each time one is drawn among those a sample has. Empty: ``txt``, else ``caption``."""
+    decoder: Literal["pyav", "torchcodec"] = "pyav"
+    """What decodes videos; TorchCodec needs to be installed, with FFmpeg."""
 
 
 class LatentSource(Section):
@@ -166,7 +182,7 @@ class DataConfig(Section):
 
     kind: Literal["video", "latents", "stream"]
     """``video``: decode indexed shards; ``latents``: read pre-encoded latents; ``stream``: webdataset's streaming
-    pipeline over ``video.shards`` (no index needed, resume not exact)."""
+    pipeline over ``video.shards`` (no index needed, resume by whole shards)."""
     video: VideoSource | None = None
     """The video shards, for kinds ``video`` and ``stream``."""
     latents: LatentSource | None = None
@@ -179,6 +195,9 @@ class DataConfig(Section):
     """Gigabytes (10^9 bytes) of what was read from stores that a node keeps in its cache, ``$LVDM_CACHE``; 0: none."""
     shuffle: bool = True
     """Whether epochs are permuted; off reads in index order."""
+    shuffle_mb: Annotated[float, Field(ge=0)] = 256.0
+    """Megabytes (10^6 bytes) of encoded samples out of which each worker of a stream draws the next; 0 permutes its
+    shards alone."""
     contiguous: PositiveInt = 1
     """Neighbours in a shard that stay together in the permutation, for stores that are slow at random reads."""
     text_dropout: Fraction = 0.1
@@ -191,6 +210,18 @@ class DataConfig(Section):
         wanted = "latents" if self.kind == "latents" else "video"
         if getattr(self, wanted) is None:
             raise ValueError(f"kind={self.kind} needs the section data.{wanted}")
+        return self
+
+    @model_validator(mode="after")
+    def _stream_has_no_index(self) -> DataConfig:
+        if self.kind == "stream" and self.video is not None:
+            given = {"data.video.clip.buckets": self.video.clip.buckets, "data.contiguous": self.contiguous > 1}
+            for number, one in enumerate(self.video.shards):
+                if isinstance(one, ShardSet):
+                    given |= {f"data.video.shards.{number}.{name}": getattr(one, name) for name in ("where", "join")}
+            needing = ", ".join(name for name, value in given.items() if value)
+            if needing:
+                raise ValueError(f"kind=stream reads without an index, which {needing} needs; use kind=video")
         return self
 
 

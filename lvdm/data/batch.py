@@ -17,7 +17,7 @@ class Replacement:
     shard: str
     """URL of its shard."""
     key: str
-    """Its key in the shard."""
+    """Its key in the shard; empty for what follows damage in a shard of a stream."""
     reason: str
     """What is wrong with it."""
 

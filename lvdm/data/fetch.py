@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
@@ -25,6 +26,7 @@ from lvdm.data.index import SampleRecord
 from lvdm.errors import Requeue, UserError
 from lvdm.storage import cache_folder, locate
 
+T = TypeVar("T")
 ATTEMPTS = 6
 FIRST_PAUSE = 0.2
 """Seconds before the second attempt, doubled for each one after it and jittered by half."""
@@ -194,6 +196,14 @@ def read_file(url: str) -> bytes:
     return _persistently(url, lambda fs, path: bytes(fs.cat_file(path)))
 
 
+def file_size(url: str) -> int:
+    """Bytes of a file. Raises as `Fetcher.samples` does, and `UserError` if its store does not say."""
+    size = _persistently(url, lambda fs, path: fs.size(path))
+    if size is None:
+        raise UserError(f"the store does not say how many bytes {url} has")
+    return int(size)
+
+
 def _read_span(span: Span) -> bytes:
     size = span.end - span.start
 
@@ -206,7 +216,7 @@ def _read_span(span: Span) -> bytes:
     return _persistently(span.url, read)
 
 
-def _persistently(url: str, read: Callable[[AbstractFileSystem, str], bytes]) -> bytes:
+def _persistently(url: str, read: Callable[[AbstractFileSystem, str], T]) -> T:
     fs, path = locate(url)
     local = isinstance(fs, LocalFileSystem)
     for attempt in range(ATTEMPTS):
@@ -223,9 +233,9 @@ def _persistently(url: str, read: Callable[[AbstractFileSystem, str], bytes]) ->
     raise Requeue(f"cannot read {url} after {ATTEMPTS} attempts: {type(last).__name__}: {last}")
 
 
-def _within(seconds: float, read: Callable[[], bytes]) -> bytes:
+def _within(seconds: float, read: Callable[[], T]) -> T:
     """What ``read`` gives, unless it takes longer; then it is left to itself, and its thread dies with the process."""
-    answer: concurrent.futures.Future[bytes] = concurrent.futures.Future()
+    answer: concurrent.futures.Future[T] = concurrent.futures.Future()
 
     def run() -> None:
         try:

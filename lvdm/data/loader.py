@@ -10,18 +10,19 @@ whose bytes are bad is replaced by one that (seed, position) determines, and the
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import multiprocessing
 import signal
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lvdm.config import ClipConfig, DataConfig, shard_folders
+from lvdm.config import ClipConfig, DataConfig, VideoSource
 from lvdm.data import latents, transforms
 from lvdm.data.batch import LatentBatch, Replacement, VideoBatch
 from lvdm.data.fetch import Fetcher
@@ -30,7 +31,8 @@ from lvdm.data.order import Entry, Order, ranks_share, sample_at
 from lvdm.data.samples import Failure, LatentSample, VideoSample, collate, load_clip
 from lvdm.data.select import select
 from lvdm.data.sources import Course, Source, open_course, open_sources
-from lvdm.data.stream import StreamDataset
+from lvdm.data.stream import StreamBatch, StreamCourse, StreamDataset, open_stream
+from lvdm.data.transforms import read_fields
 from lvdm.errors import BadSample, Requeue, UserError
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ log = logging.getLogger(__name__)
 Batch = VideoBatch | LatentBatch
 S = TypeVar("S", VideoSample, LatentSample)
 
+_TOLD_OF_DEATH = ("DataLoader worker (pid", "Pin memory thread exited")
 SUBSTITUTES = 16
 """Samples tried in place of a bad one before the set is given up."""
 
@@ -96,6 +99,7 @@ class VideoDataset(_OrderedDataset[VideoSample]):
     def __init__(
         self,
         sources: Sequence[Source],
+        video: VideoSource,
         sizes: Sequence[ClipConfig],
         fetcher: Fetcher,
         *,
@@ -103,14 +107,21 @@ class VideoDataset(_OrderedDataset[VideoSample]):
         text_dropout: float,
     ) -> None:
         super().__init__(sources, fetcher, seed=seed, text_dropout=text_dropout)
-        self.sizes = sizes
+        self.video, self.sizes = video, sizes
 
     def load(
         self, members: dict[str, bytes], bucket: int, position: int, replaced: tuple[Replacement, ...]
     ) -> VideoSample:
         """Decode one sample. Raises `BadSample`."""
         return load_clip(
-            members, self.sizes[bucket], position, seed=self.seed, text_dropout=self.text_dropout, replaced=replaced
+            members,
+            self.sizes[bucket],
+            position,
+            seed=self.seed,
+            text_dropout=self.text_dropout,
+            captions=self.video.captions,
+            decoder=self.video.decoder,
+            replaced=replaced,
         )
 
 
@@ -144,8 +155,10 @@ class Loader:
         plan: Sequence[Any],
         samples: int,
         course: Course | None = None,
+        stream: StreamCourse | None = None,
     ) -> None:
-        self._data, self._dataset, self._plan = data, dataset, plan
+        self._data, self._dataset, self._plan, self._stream = data, dataset, plan, stream
+        self._finished: list[tuple[int, int]] = []
         self.samples = samples
         """Samples of the set it reads (for validation, those that it uses); 0 if nobody counted them."""
         self.course = course
@@ -154,9 +167,32 @@ class Loader:
     def __len__(self) -> int:
         return len(self._plan)
 
+    @property
+    def notes(self) -> list[str]:
+        """What there is to say of the data."""
+        following = self.course or self._stream
+        return following.notes if following else []
+
+    def take_finished(self) -> list[tuple[int, int]]:
+        """Shards of a stream that this rank finished since the last call, for `state`; JSON."""
+        taken, self._finished = self._finished, []
+        return taken
+
+    def state(self, finished: Iterable[Iterable[Sequence[int]]]) -> dict[str, Any]:
+        """What a later start needs to go on behind the batches given so far; JSON.
+
+        Args:
+            finished: `take_finished` of every rank.
+        """
+        if self._stream is None:
+            return self.course.state if self.course else {}
+        for shards in finished:
+            self._stream.finish(shards)
+        return self._stream.state
+
     def __iter__(self) -> Iterator[Batch]:
         if isinstance(self._dataset, StreamDataset):
-            yield from _read(_data_loader(self._data, self._dataset, batch_size=None))
+            yield from self._streamed(self._dataset)
             return
         done = 0
         while done < len(self):
@@ -170,6 +206,18 @@ class Loader:
                 for number in range(done, min(done + self._data.workers * self._data.prefetch, len(self))):
                     yield self._alone(number)
                     done += 1
+
+    def _streamed(self, dataset: StreamDataset) -> Iterator[Batch]:
+        try:
+            for part in _read(_data_loader(self._data, dataset, batch_size=None)):
+                assert isinstance(part, StreamBatch)
+                self._finished += part.finished
+                yield part.batch
+        except _WorkerDied as death:
+            raise Requeue(
+                f"a loader process died ({death}); a stream cannot tell at which sample: if it happens again, index "
+                f"the shards, and data.kind=video finds the sample and goes on without it"
+            ) from None
 
     def _batches(self, numbers: range, data: DataConfig) -> Iterator[Batch]:
         return _read(_by_plan(data, self._dataset, _Part(self._plan, numbers)))
@@ -206,7 +254,7 @@ def build_loader(
 
     Args:
         batch, micro: samples of a step and of a micro-batch, where a bucket does not say.
-        state: `Course.state` of the run so far.
+        state: `Loader.state` of the run so far.
     Raises:
         UserError: a folder, index or shard is missing or stale, a set is empty, latent folders disagree, or the batch
             arithmetic does not come out even.
@@ -217,18 +265,20 @@ def build_loader(
         )
     if data.kind == "stream":
         assert data.video is not None
-        positions = _StreamPositions(batch, micro, world, rank, first_step, steps)
-        stream = StreamDataset(
-            shard_folders(data.video.shards),
-            data.video.clip,
+        stream = open_stream(data, seed=seed, batch=batch, step=first_step, state=state)
+        positions = _StreamPositions(stream.position, batch, micro, world, rank, steps)
+        streamed = StreamDataset(
+            stream,
+            data.video,
             positions,
+            Fetcher(int(data.cache_gb * 1e9)),
             seed=seed,
             world=world,
             rank=rank,
-            shuffle=data.shuffle,
+            buffer_bytes=int(data.shuffle_mb * 1e6),
             text_dropout=data.text_dropout,
         )
-        return Loader(data, stream, positions, 0)
+        return Loader(data, streamed, positions, 0, stream=stream)
     sizes = data.video.clip.sizes if data.kind == "video" and data.video is not None else []
     course = open_course(data, sizes, seed=seed, batch=batch, step=first_step, state=state, check=rank == 0)
     dataset = _dataset(data, course.sources, sizes, seed=seed, text_dropout=data.text_dropout)
@@ -268,7 +318,7 @@ def read_videos(data: DataConfig, index: Index, rows: Sequence[int], *, batch: i
     """
     assert data.video is not None
     sources = [Source(index, (), select(index))]
-    dataset = VideoDataset(sources, data.video.clip.sizes[:1], Fetcher(), seed=seed, text_dropout=0.0)
+    dataset = VideoDataset(sources, data.video, data.video.clip.sizes[:1], Fetcher(), seed=seed, text_dropout=0.0)
     entries = [(0, Entry(row, 0, row)) for row in rows]
     plan = [entries[i : i + batch] for i in range(0, len(entries), batch)]
     for clips in Loader(data, dataset, plan, len(rows)):
@@ -322,7 +372,7 @@ class _WorkerDied(Exception):
     """A loader process ended by itself: killed for its memory, or by a fault in a codec."""
 
 
-def _read(loader: DataLoader[Any]) -> Iterator[Batch]:
+def _read(loader: DataLoader[Any]) -> Iterator[Any]:
     """The batches of a loader. Raises what a worker met, or `_WorkerDied`."""
     with _signals_stay_here():
         batches = iter(loader)
@@ -331,8 +381,9 @@ def _read(loader: DataLoader[Any]) -> Iterator[Batch]:
             batch = next(batches)
         except StopIteration:
             return
-        except RuntimeError as error:  # torch has no class for it
-            if "DataLoader worker (pid" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            # torch has no class for it; a worker that dies while its batch is handed over breaks the connection
+            if isinstance(error, RuntimeError) and not str(error).startswith(_TOLD_OF_DEATH):
                 raise
             raise _WorkerDied(str(error).splitlines()[0]) from None
         if isinstance(batch, Failure):
@@ -343,9 +394,9 @@ def _read(loader: DataLoader[Any]) -> Iterator[Batch]:
 class _StreamPositions(Sequence[list[int]]):
     """The positions of a rank's micro-batches of a stream."""
 
-    def __init__(self, batch: int, micro: int, world: int, rank: int, first: int, steps: int) -> None:
-        self._batch, self._micro, self._world, self._rank = batch, micro, world, rank
-        self._first, self._steps = first, steps
+    def __init__(self, start: int, batch: int, micro: int, world: int, rank: int, steps: int) -> None:
+        self._start, self._batch, self._micro, self._world, self._rank = start, batch, micro, world, rank
+        self._steps = steps
 
     def __len__(self) -> int:
         return self._steps * self._batch // (self._micro * self._world)
@@ -353,13 +404,18 @@ class _StreamPositions(Sequence[list[int]]):
     def __getitem__(self, i: Any) -> Any:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        start = self._first * self._batch + i * self._micro * self._world + self._rank
+        start = self._start + i * self._micro * self._world + self._rank
         return list(range(start, start + self._micro * self._world, self._world))
 
 
 def _merge(members: Sequence[dict[str, bytes]]) -> dict[str, bytes]:
-    """The members of a sample and of those joined to it; a joined one wins over one of the same name."""
-    return {name: data for one in members for name, data in one.items()}
+    """The members of a sample and of those joined to it; a joined one wins over one of the same name, but for
+    ``.json``, whose fields are put together."""
+    merged = {name: data for one in members for name, data in one.items()}
+    fields = [read_fields(one) for one in members if "json" in one]
+    if len(fields) > 1:
+        merged["json"] = json.dumps({name: value for one in fields for name, value in one.items()}).encode()
+    return merged
 
 
 def _dataset(
@@ -369,7 +425,8 @@ def _dataset(
     if data.kind == "latents":
         folders = [folder for source in sources for folder in source.index.folders]
         return LatentDataset(sources, folders, fetcher, seed=seed, text_dropout=text_dropout)
-    return VideoDataset(sources, sizes, fetcher, seed=seed, text_dropout=text_dropout)
+    assert data.video is not None
+    return VideoDataset(sources, data.video, sizes, fetcher, seed=seed, text_dropout=text_dropout)
 
 
 def _by_plan(data: DataConfig, dataset: Dataset[Any], plan: Sequence[Any]) -> DataLoader[Any]:
@@ -383,7 +440,8 @@ def _data_loader(data: DataConfig, dataset: Dataset[Any], **how: Any) -> DataLoa
         context.set_forkserver_preload([__name__])  # imports torch once, not once a worker
         how |= {"multiprocessing_context": context, "prefetch_factor": data.prefetch}
     # a generator of its own, or each iteration would draw from the global one
-    return DataLoader(dataset, num_workers=data.workers, generator=torch.Generator(), **how)
+    how |= {"generator": torch.Generator(), "pin_memory": torch.cuda.is_available()}
+    return DataLoader(dataset, num_workers=data.workers, **how)
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ class Clock:
     samples: int = 0
     """Samples seen, ``batch.size`` a step: what the learning rate goes by."""
     data: dict[str, Any] = field(default_factory=dict)
-    """How the samples are mixed and since when (`lvdm.data.sources.Course.state`)."""
+    """How the samples are mixed and since when, or which shards of a stream are finished (`Loader.state`)."""
     replaced: int = 0
     """Samples that others stood in for."""
     skipped_steps: list[int] = field(default_factory=list)
@@ -91,8 +91,6 @@ def _train(config: AnyTraining, run: RunFolder, changes: list[str], ranks: Ranks
     elif config.run.resume == "must":
         raise UserError(f"run.resume=must, but {run.checkpoints} holds no checkpoint")
     loader = together(lambda: _open_loader(config, ranks, clock), ranks.device)
-    course = loader.course
-    clock.data = course.state if course else {}
     batches = iter(loader)
     held_out = together(lambda: _held_out_samples(config, ranks), ranks.device)
 
@@ -100,7 +98,7 @@ def _train(config: AnyTraining, run: RunFolder, changes: list[str], ranks: Ranks
         run.claim(ranks.world)
         notes = [f"damaged checkpoint passed over: {fault}" for fault in faults]
         notes += [f"changed on resume: {change}" for change in changes]
-        _announce(config, run, size, ranks, clock, [*notes, *taken, *(course.notes if course else ())])
+        _announce(config, run, size, ranks, clock, [*notes, *taken, *loader.notes])
     writer = MetricsWriter(
         run.log, run.tensorboard, run.images, run.samples, enabled=ranks.is_main, from_step=clock.step
     )
@@ -149,6 +147,7 @@ def _train(config: AnyTraining, run: RunFolder, changes: list[str], ranks: Ranks
                 _preview(preview, task, engine, writer, clock.step)
         if saving_now or stopping:
             with speed.paused("saving"):
+                clock.data = loader.state(gather_json(loader.take_finished(), ranks.device))
                 saving.save(
                     run.checkpoints,
                     engine,

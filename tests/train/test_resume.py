@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from lvdm.engine.checkpoint import open_checkpoint
-from tests.conftest import Toy
+from tests.conftest import Toy, copy_with_broken_clips
 from tests.ranks import Launch, run_ranks
 from tests.train.runs import log_of, losses_of, run, state_of, wait_for_step
 
@@ -74,6 +75,36 @@ def test_all_checkpoints_damaged_is_an_error_and_no_new_start(toy: Toy, tmp_path
     (folder / "checkpoints" / "step-00000001" / "manifest.json").write_text("{")
     with pytest.raises(AssertionError, match=r"every checkpoint in .* is damaged"):
         run_ranks(run, 1, toy.diffusion(folder))
+
+
+def test_a_stream_goes_on_behind_its_finished_shards_on_other_ranks(toy: Toy, tmp_path: Path) -> None:
+    folder, shards = tmp_path / "run", tmp_path / "shards"
+    copy_with_broken_clips(Path(toy.shards), shards, 2)  # one in the first shard, one in the second: traces of reading
+    tree = {"data__kind": "stream", "data__shuffle": False, "data__video__shards": [str(shards)]}
+    (said,) = run_ranks(run, 1, toy.diffusion(folder, run__steps=3, **tree))
+    assert "streaming 3 shards without an index: resume is by whole shards" in said
+    assert traces(folder) == ["00000", "00001"]
+    # 12 samples and 2 bad ones: the first shard of ten is finished, the second is not
+    assert finished_of(folder) == (1, [])
+
+    said = run_ranks(run, 2, toy.diffusion(folder, run__steps=6, **tree))
+    assert f"{shards}: going on behind 1 finished shard, 0.33 passes" in said[0]
+    assert said[1] == ""
+    # one rank takes 6 samples of the second shard from its beginning, the other 4 of the third and 2 of the next pass
+    assert traces(folder) == ["00000", "00001", "00001"]
+    assert finished_of(folder) == (1, [2])
+    assert [line["step"] for line in log_of(folder)] == [1, 2, 3, 4, 5, 6]
+
+
+def traces(folder: Path) -> list[str]:
+    """Shards of the bad samples that a run met."""
+    lines = (folder / "replaced.jsonl").read_text().splitlines()
+    return [Path(json.loads(line)["shard"]).stem for line in lines]
+
+
+def finished_of(folder: Path) -> tuple[int, list[int]]:
+    (one,) = open_checkpoint(folder).manifest.clock["data"]["sets"]
+    return one["next"], one["finished"]
 
 
 def assert_equal_state(one: Path, other: Path) -> None:
