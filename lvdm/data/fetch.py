@@ -15,7 +15,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,7 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from lvdm.data.index import SampleRecord
 from lvdm.errors import Requeue, UserError
-from lvdm.storage import cache_folder, locate
+from lvdm.storage import cache_folder, locate, version_tag
 
 T = TypeVar("T")
 ATTEMPTS = 6
@@ -48,6 +48,8 @@ class Span:
     start: int
     end: int
     """Exclusive."""
+    tag: str = ""
+    """Changes with the content of the object (`lvdm.storage.version_tag`): another one is not served from a cache."""
 
 
 class RangeCache:
@@ -87,7 +89,7 @@ class RangeCache:
             self._sweep()
 
     def _path(self, span: Span) -> Path:
-        return self._folder / hashlib.sha256(f"{span.start}-{span.end} {span.url}".encode()).hexdigest()[:32]
+        return self._folder / hashlib.sha256(f"{span.start}-{span.end} {span.tag} {span.url}".encode()).hexdigest()[:32]
 
     def _sweep(self) -> None:
         """Remove what was used least recently, down to nine tenths; one process does at a time."""
@@ -131,7 +133,7 @@ class Fetcher:
             UserError: a shard is not there or may not be read.
             Requeue: it could not be read whole in `ATTEMPTS` attempts.
         """
-        spans = [Span(record.shard, record.offset, record.offset + record.size) for record in records]
+        spans = [Span(record.shard, record.offset, record.offset + record.size, record.tag) for record in records]
         return [
             {
                 extension: data[offset - record.offset : offset - record.offset + size]
@@ -145,7 +147,7 @@ class Fetcher:
         if self._cache_bytes and self._cache is None:
             self._cache = RangeCache(self._cache_bytes)
         found: dict[Span, bytes] = {}
-        wanted = sorted(set(spans), key=lambda span: (span.url, span.start, span.end))
+        wanted = sorted(set(spans), key=lambda span: (span.url, span.tag, span.start, span.end))
         remote = {url: not isinstance(locate(url)[0], LocalFileSystem) for url in {span.url for span in wanted}}
         if self._cache is not None:
             for span in wanted:
@@ -180,10 +182,10 @@ def joined(spans: Sequence[Span]) -> Iterator[tuple[Span, list[Span]]]:
                 wanted, end = needed, max(end, span.end)
                 continue
         if group:
-            yield Span(group[0].url, group[0].start, end), group
+            yield replace(group[0], end=end), group
         group, wanted, end = [span], size, span.end
     if group:
-        yield Span(group[0].url, group[0].start, end), group
+        yield replace(group[0], end=end), group
 
 
 def read_sample(record: SampleRecord) -> dict[str, bytes]:
@@ -196,12 +198,12 @@ def read_file(url: str) -> bytes:
     return _persistently(url, lambda fs, path: bytes(fs.cat_file(path)))
 
 
-def file_size(url: str) -> int:
-    """Bytes of a file. Raises as `Fetcher.samples` does, and `UserError` if its store does not say."""
-    size = _persistently(url, lambda fs, path: fs.size(path))
-    if size is None:
+def file_info(url: str) -> tuple[int, str]:
+    """Bytes of a file and its `Span.tag`. Raises as `Fetcher.samples` does, and `UserError` if its size is not told."""
+    info = _persistently(url, lambda fs, path: dict(fs.info(path)))
+    if info.get("size") is None:
         raise UserError(f"the store does not say how many bytes {url} has")
-    return int(size)
+    return int(info["size"]), version_tag(info)
 
 
 def _read_span(span: Span) -> bytes:

@@ -33,7 +33,7 @@ from webdataset.shardlists import expand_urls
 from lvdm.config import DataConfig, VideoSource, shard_sets
 from lvdm.data.batch import LatentBatch, Replacement, VideoBatch
 from lvdm.data.decode import MAX_BYTES
-from lvdm.data.fetch import Fetcher, Span, file_size
+from lvdm.data.fetch import Fetcher, Span, file_info
 from lvdm.data.order import Order, sample_at
 from lvdm.data.samples import Failure, VideoSample, collate, load_clip
 from lvdm.data.tar_scan import DamagedShard, scan_tar
@@ -358,7 +358,7 @@ class _Window:
 
     def __init__(self, url: str, fetcher: Fetcher) -> None:
         self._url, self._fetcher = url, fetcher
-        self.length = file_size(url)
+        self.length, self._tag = file_info(url)
         self.start = 0
         """First byte that is held."""
         self._held = bytearray()
@@ -375,7 +375,7 @@ class _Window:
             self.start = self._at
         end = min(self._at + size, self.length)
         while (known := self.start + len(self._held)) < end:
-            (block,) = self._fetcher.spans([Span(self._url, known, min(known + BLOCK, self.length))])
+            (block,) = self._fetcher.spans([Span(self._url, known, min(known + BLOCK, self.length), self._tag)])
             self._held += block
         data = bytes(memoryview(self._held)[self._at - self.start : end - self.start])
         self._at = end

@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+import multiprocessing
+import os
+import random
+import time
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lvdm.data import fetch
 from lvdm.errors import Requeue, UserError
@@ -64,3 +71,77 @@ def test_what_is_not_there_is_not_retried(url: str) -> None:
     FaultyFileSystem.failures = 0
     with pytest.raises(UserError, match="other: FileNotFoundError"):
         read(url.replace("data", "other"), 0, 1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 10**6), st.integers(1, 10**5)), min_size=1))
+def test_joined_reads_cover_all_and_read_little_in_vain(ranges: list[tuple[str, int, int]]) -> None:
+    spans = sorted(
+        {fetch.Span(url, start, start + size) for url, start, size in ranges}, key=lambda s: (s.url, s.start, s.end)
+    )
+    reads = list(fetch.joined(spans))
+    assert [span for _, parts in reads for span in parts] == spans
+    for whole, parts in reads:
+        assert all(whole.url == part.url and whole.start <= part.start <= part.end <= whole.end for part in parts)
+    needed = {(s.url, byte) for s in spans for byte in range(s.start // 1000, s.end // 1000)}
+    read_bytes = sum(whole.end - whole.start for whole, _ in reads)
+    assert read_bytes <= (1 + fetch.WASTE) * sum(s.end - s.start for s in spans)
+    assert read_bytes >= 1000 * len(needed)
+
+
+def test_neighbours_of_a_shard_are_one_read() -> None:
+    spans = [fetch.Span("a", 0, 100_000), fetch.Span("a", 101_000, 200_000), fetch.Span("a", 300_000, 400_000)]
+    assert [(whole.start, whole.end) for whole, _ in fetch.joined(spans)] == [(0, 200_000), (300_000, 400_000)]
+
+
+def test_a_read_that_stalls_is_tried_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    FaultyFileSystem.failures = 0
+    monkeypatch.setattr(fetch, "READ_TIMEOUT", 0.2)
+    whole, stalls = FaultyFileSystem.cat_file, iter([30, 30])
+
+    def slow(self: FaultyFileSystem, path: str, **how: Any) -> bytes:
+        time.sleep(next(stalls, 0))
+        return whole(self, path, **how)
+
+    monkeypatch.setattr(FaultyFileSystem, "cat_file", slow)
+    began = time.monotonic()
+    assert read(url, 10, 20) == bytes(range(10, 30))
+    assert time.monotonic() - began < 5
+
+
+CACHED, CAP = 400, 2_000_000
+
+
+def fill(cache: str, seed: int) -> None:
+    """Read random ranges through the cache, as a worker of a node does."""
+    os.environ["LVDM_CACHE"] = cache
+    shared = fetch.RangeCache(CAP)
+    draws = random.Random(seed)
+    for _ in range(3 * CACHED):
+        number = draws.randrange(CACHED)
+        span = fetch.Span("s3://bucket/shard", number * 20_000, number * 20_000 + 10_000 + number)
+        content = number.to_bytes(4) * ((10_000 + number) // 4 + 1)
+        found = shared.get(span)
+        assert found in (None, content[: 10_000 + number])
+        if found is None:
+            shared.put(span, content[: 10_000 + number])
+
+
+def test_workers_of_a_node_share_a_cache_of_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=fill, args=(str(tmp_path), seed)) for seed in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    held = [file for file in (tmp_path / "ranges").iterdir() if file.name != ".lock"]
+    assert all(not file.name.startswith(".") for file in held)
+    size = sum(file.stat().st_size for file in held)
+    # each worker looks at the size after a twentieth of it
+    assert 0.5 * CAP < size < 1.25 * CAP
+    monkeypatch.setenv("LVDM_CACHE", str(tmp_path))
+    cache = fetch.RangeCache(CAP)
+    changed = fetch.Span("s3://bucket/shard", 0, 10_000, tag="etag:other")
+    cache.put(fetch.Span("s3://bucket/shard", 0, 10_000, tag="etag:one"), b"a" * 10_000)
+    assert cache.get(changed) is None
