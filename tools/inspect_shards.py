@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ from lvdm.errors import UserError, command_line
 if TYPE_CHECKING:
     from lvdm.config import ClipConfig, Condition
     from lvdm.jobs.inspect_shards import Inspected
+
+DAMAGED_SHOWN = 20
 
 
 def main() -> None:
@@ -48,27 +51,30 @@ def main() -> None:
 
 def condition_of(text: str) -> Condition:
     """A condition such as ``duration >= 2`` or ``language in en,de``. Raises `UserError`."""
-    from lvdm.config import Condition, parse_config, parse_value
+    from lvdm.config import Condition, parse_value
 
-    found = re.fullmatch(r"\s*([\w.]+)\s*(==|!=|<=|>=|<|>|\bin\b)\s*(.+?)\s*", text)
+    found = re.fullmatch(r"\s*([\w.]+)\s*(==|!=|<=|>=|<(?!=)|>(?!=)|\bin\b)\s*(\S.*?)\s*", text)
     if not found:
         raise UserError(f"--where {text!r} is not of the form FIELD COMPARISON VALUE, such as 'duration >= 2'")
     name, comparison, value = found.groups()
-    given = [parse_value(part.strip()) for part in value.split(",")] if comparison == "in" else parse_value(value)
-    return parse_config(
-        Condition, {"field": name, "comparison": comparison, "value": given}, source=f"--where {text!r}"
-    )
+    given = [parse_value(part.strip()) for part in (value.split(",") if comparison == "in" else [value])]
+    for one in given:
+        if not isinstance(one, bool | int | float | str) or one in (math.inf, -math.inf) or one != one:
+            raise UserError(f"--where {text!r}: {value!r} is no number, text or boolean")
+    return Condition(field=name, comparison=comparison, value=tuple(given) if comparison == "in" else given[0])
 
 
 def size_of(text: str, stride: int) -> ClipConfig:
     """A size such as ``16x256x256``. Raises `UserError`."""
-    from lvdm.config import ClipConfig, parse_config
+    from lvdm.config import ClipConfig
 
-    parts = text.split("x")
-    if len(parts) != 3 or not all(part.isdigit() for part in parts):
-        raise UserError(f"--size {text!r} is not of the form FRAMESxHEIGHTxWIDTH")
-    sides = dict(zip(("frames", "height", "width"), map(int, parts), strict=True))
-    return parse_config(ClipConfig, {**sides, "stride": stride}, source=f"--size {text}")
+    found = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", text)
+    if not found:
+        raise UserError(f"--size {text!r} is not of the form FRAMESxHEIGHTxWIDTH, such as 16x256x256")
+    if stride < 1:
+        raise UserError(f"--stride {stride} is less than 1")
+    frames, height, width = map(int, found.groups())
+    return ClipConfig(frames=frames, height=height, width=width, stride=stride)
 
 
 def show(found: Inspected, title: str) -> None:
@@ -80,6 +86,8 @@ def show(found: Inspected, title: str) -> None:
     console.print(f"{title}: {found.samples:,} samples in {found.shards:,} shards, {found.bytes / 1e9:,.3f} GB")
     for reason, count in found.left_out.items():
         console.print(f"left out of the index: {count:,} {reason}", highlight=False)
+    for damage in list(found.damaged.values())[:DAMAGED_SHOWN]:
+        console.print(damage, highlight=False, markup=False)
     members = Table("member", "samples", "MB", "median kB")
     for name, row in found.members.items():
         members.add_row(name, f"{row['members']:,}", f"{row['bytes'] / 1e6:,.1f}", f"{row['median'] / 1e3:,.1f}")

@@ -3,34 +3,52 @@
 Groups of shards are scanned by worker processes; what a group gave is kept in ``.index/`` in the folder under a name
 that changes with its shards, so that a build that was stopped, or runs again after a few shards were added, scans only
 what is new. At the end the groups are merged into ``index.arrow``, one at a time.
+
+A damaged shard gives the samples that stand before the damage, and is named in the log and in the index.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
+import logging
 import multiprocessing
+import os
+import random
+import threading
+import time
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from fsspec.implementations.local import LocalFileSystem
 
-from lvdm.data.index import COLUMNS, INDEX_NAME, META, VERSION, ShardFile, ends_of, list_shards
-from lvdm.data.tar_scan import scan_tar
-from lvdm.errors import UserError
+from lvdm.data.decode import VIDEO_EXTENSIONS
+from lvdm.data.fetch import ATTEMPTS, FIRST_PAUSE
+from lvdm.data.images import IMAGE_EXTENSIONS
+from lvdm.data.index import COLUMNS, INDEX_NAME, MEMBER, META, VERSION, ShardFile, ends_of, list_shards
+from lvdm.data.tar_scan import DamagedShard, Scanned, scan_tar
+from lvdm.errors import Requeue, UserError
 from lvdm.storage import atomic_file, locate
 
+log = logging.getLogger(__name__)
+
 PARTS = ".index"
-"""Folder of what a build has so far."""
-_GROUP = 32  # shards of a group
+"""Folder of what a build has so far; it stays where a later one can use it."""
+_GROUP = 16  # shards of a group on average
+_LARGEST_GROUP = 64
+_MOST_EXTENSIONS = 2**15 - 1
 _ROWS_PER_BATCH = 65536
 _SAMPLED = 32  # members whose sizes decide how a remote shard is read
 _STREAM_BLOCK = 8 << 20
@@ -39,7 +57,14 @@ _SKIPPING_PAYS = 4 << 20  # bytes that are streamed in the time that one more re
 _MOST_COLUMNS = 64
 _LONGEST_TEXT = 64  # characters of a metadata value that is worth a column
 _NO_COLUMN = {"key", "caption", "url", "status", "error_message"}
-_VIDEO_COLUMNS = {"width": "width", "height": "height", "nb_frames": "frames", "duration": "duration"}
+_VIDEO_COLUMNS = {
+    "width": "width",
+    "height": "height",
+    "nb_frames": "frames",
+    "duration": "duration",
+    "r_frame_rate": "fps",
+}
+_NAMED = 100  # damaged shards that the log names
 
 
 @dataclass(frozen=True)
@@ -50,6 +75,8 @@ class Built:
     shards: int
     left_out: dict[str, int]
     """Members and samples that are no samples of the set, by reason."""
+    damaged: dict[str, str]
+    """What is wrong with shards that could not be read to their ends, by name."""
 
 
 def build_index(
@@ -62,9 +89,11 @@ def build_index(
     """Index all ``*.tar`` of a folder (any fsspec URL). Only headers and ``.json`` members are read.
 
     Samples that their ``.json`` records as failed are left out, and those of ``exclude``: keys by URL of the shard.
+    Damaged shards are named in the log and in the result.
 
     Raises:
-        UserError: no shard in the folder, a shard that is no whole tar, or a folder that cannot be written.
+        UserError: no shard in the folder, all of them damaged, or a folder that cannot be written.
+        Requeue: the store does not answer; the same call goes on where this one stopped.
     """
     folder = folder.rstrip("/")
     shards = list_shards(folder)
@@ -72,18 +101,23 @@ def build_index(
         raise UserError(f"{folder} holds no shards (*.tar)")
     here = locate(folder)[1]
     excluded = {locate(url)[1].removeprefix(f"{here}/"): keys for url, keys in exclude.items()}
-    groups = [shards[i : i + _GROUP] for i in range(0, len(shards), _GROUP)]
-    paths = [f"{folder}/{PARTS}/{_name(group, excluded)}.arrow" for group in groups]
+    groups = list(_groups(shards))
+    names = [f"{_name(group, excluded)}.arrow" for group in groups]
+    paths = [f"{folder}/{PARTS}/{name}" for name in names]
     fs, root = locate(f"{folder}/{PARTS}")
-    there = {path.rsplit("/", 1)[-1] for path in fs.ls(root, detail=False)} if fs.isdir(root) else set()
-    missing = [i for i, path in enumerate(paths) if path.rsplit("/", 1)[-1] not in there]
+    there = {path.rsplit("/", 1)[-1]: path for path in fs.ls(root, detail=False)} if fs.isdir(root) else {}
+    missing = [i for i, name in enumerate(names) if name not in there]
     done = len(shards) - sum(len(groups[i]) for i in missing)
     progress(done, len(shards))
     for i in _each(folder, missing, groups, paths, excluded, workers):
         done += len(groups[i])
         progress(done, len(shards))
-    built = _merge(folder, shards, paths)
-    fs.rm(root, recursive=True)
+    built = _merge(folder, groups, paths)
+    if len(groups) == 1:  # another shard would be scanned together with these
+        fs.rm(root, recursive=True)
+    else:
+        for name in there.keys() - set(names):
+            fs.rm(there[name], recursive=True)
     return built
 
 
@@ -121,7 +155,7 @@ def _each(
             yield i
         return
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(min(workers, len(missing)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(workers, len(missing)), mp_context=context, initializer=_end_with_parent) as pool:
         tasks = {pool.submit(_scan_group, folder, groups[i], paths[i], _of(groups[i], exclude)): i for i in missing}
         try:
             for task in as_completed(tasks):
@@ -130,6 +164,31 @@ def _each(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _end_with_parent() -> None:
+    """Make this worker end when the process that started it is killed, which the pool would not notice."""
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _groups(shards: Sequence[ShardFile]) -> Iterator[list[ShardFile]]:
+    """Neighbouring shards; their names alone say where a group ends, so that one more shard changes one group."""
+    group: list[ShardFile] = []
+    for shard in shards:
+        group.append(shard)
+        draw = hashlib.sha256(os.fsencode(shard.name)).digest()[0]
+        if draw % _GROUP == 0 or len(group) == _LARGEST_GROUP:
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 def _of(group: Sequence[ShardFile], exclude: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:
@@ -141,48 +200,118 @@ def _name(group: Sequence[ShardFile], exclude: Mapping[str, frozenset[str]]) -> 
     return hashlib.sha256(json.dumps([VERSION, about]).encode()).hexdigest()[:32]
 
 
+@dataclass
+class _Rows:
+    """The rows of a group while it is scanned: plain arrays, as frames may be members by the million."""
+
+    shard: array[int] = field(default_factory=lambda: array("i"))
+    key: list[str] = field(default_factory=list)
+    offset: array[int] = field(default_factory=lambda: array("q"))
+    size: array[int] = field(default_factory=lambda: array("q"))
+    ends: array[int] = field(default_factory=lambda: array("i", [0]))
+    """Where each row's members end."""
+    extension: array[int] = field(default_factory=lambda: array("i"))
+    member_offset: array[int] = field(default_factory=lambda: array("q"))
+    member_size: array[int] = field(default_factory=lambda: array("q"))
+    meta: list[dict[str, Any]] = field(default_factory=list)
+    extensions: dict[str, int] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def add(self, shard: int, sample: Scanned) -> None:
+        """One more row."""
+        self.shard.append(shard)
+        self.key.append(sample.key)
+        self.offset.append(sample.offset)
+        self.size.append(sample.size)
+        for name, (offset, size) in sample.members.items():
+            self.extension.append(self.extensions.setdefault(name, len(self.extensions)))
+            self.member_offset.append(offset)
+            self.member_size.append(size)
+        self.ends.append(len(self.extension))
+        self.meta.append(_meta(sample))
+
+    def cut(self, rows: int) -> None:
+        """Forget all but the first so many."""
+        for column in (self.shard, self.key, self.offset, self.size, self.meta):
+            del column[rows:]
+        for column in (self.extension, self.member_offset, self.member_size):
+            del column[self.ends[rows] :]
+        del self.ends[rows + 1 :]
+
+    def table(self) -> tuple[pa.Table, dict[str, int]]:
+        """The rows, and how many members there are of each extension."""
+        counts = np.bincount(np.asarray(self.extension), minlength=len(self.extensions)).tolist()
+        members = _lists(*map(np.asarray, (self.ends, self.extension, self.member_offset, self.member_size)))
+        names = Counter(name for row in self.meta for name in row)
+        kept = sorted(name for name, _ in names.most_common(_MOST_COLUMNS))
+        own = (self.shard, self.key, self.offset, self.size)
+        arrays = [pa.array(values, kind) for values, kind in zip(own, COLUMNS.values(), strict=False)]
+        arrays += [members, *(_column([row.get(name) for row in self.meta]) for name in kept)]
+        return pa.Table.from_arrays(arrays, names=[*COLUMNS, *kept]), dict(zip(self.extensions, counts, strict=True))
+
+
 def _scan_group(folder: str, group: Sequence[ShardFile], path: str, exclude: Mapping[str, frozenset[str]]) -> None:
     """Write the rows of a group, whose ``shard`` counts within the group, with what its shards are and left out."""
-    rows: list[dict[str, Any]] = []
-    extensions: dict[str, int] = {}
-    left_out: Counter[str] = Counter()
-    shards = []
+    rows = _Rows()
+    shards, damaged = [], {}
     for number, shard in enumerate(group):
-        url = f"{folder}/{shard.name}"
-        fs, place = locate(url)
-        local = isinstance(fs, LocalFileSystem)
-        how = {} if local else {"cache_type": "readahead", "block_size": _block_size(url, shard)}
-        excluded = exclude.get(shard.name, frozenset())
-        with fs.open(place, "rb", **how) as stream:
-            for sample in scan_tar(stream, url, shard.size, left_out):
-                if sample.meta.get("status", "success") != "success":
-                    left_out["recorded as failed"] += 1
-                elif sample.key in excluded:
-                    left_out["excluded"] += 1
-                else:
-                    members = [
-                        {"extension": extensions.setdefault(name, len(extensions)), "offset": offset, "size": size}
-                        for name, (offset, size) in sample.members.items()
-                    ]
-                    row = {"shard": number, "key": sample.key, "offset": sample.offset, "size": sample.size}
-                    rows.append(row | {"members": members} | _meta(sample.meta))
-        shards.append(asdict(replace(shard, ends=ends_of(place)) if local else shard))
-    names = Counter(name for row in rows for name in row if name.startswith(META))
-    kept = sorted(name for name, _ in names.most_common(_MOST_COLUMNS))
-    arrays = [pa.array([row[name] for row in rows], kind) for name, kind in COLUMNS.items()]
-    arrays += [_column([row.get(name) for row in rows]) for name in kept]
-    about = {"shards": shards, "extensions": list(extensions), "left_out": dict(left_out)}
-    table = pa.Table.from_arrays(arrays, names=[*COLUMNS, *kept])
+        damage = _scan_shard(rows, number, f"{folder}/{shard.name}", shard, exclude.get(shard.name, frozenset()))
+        if damage:
+            damaged[shard.name] = damage
+        fs, place = locate(f"{folder}/{shard.name}")
+        shards.append(asdict(replace(shard, ends=ends_of(place)) if isinstance(fs, LocalFileSystem) else shard))
+    table, extensions = rows.table()
+    about = {"shards": shards, "extensions": extensions, "left_out": rows.left_out, "damaged": damaged}
     table = table.replace_schema_metadata({"lvdm": json.dumps(about)})
-    with atomic_file(path) as target, pa.ipc.new_file(target, table.schema) as writer:
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with _written(path) as target, pa.ipc.new_file(target, table.schema, options=options) as writer:
         writer.write_table(table)
+
+
+def _scan_shard(rows: _Rows, number: int, url: str, shard: ShardFile, exclude: frozenset[str]) -> str:
+    """Add the rows of one shard, in several attempts if its store fails; what is wrong with it, or nothing."""
+    fs, place = locate(url)
+    before = len(rows.key)
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            rows.cut(before)
+            time.sleep(FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+        left_out: Counter[str] = Counter()
+        damage = ""
+        try:
+            local = isinstance(fs, LocalFileSystem)
+            how = {} if local else {"cache_type": "readahead", "block_size": _block_size(url, shard)}
+            with fs.open(place, "rb", **how) as stream:
+                for sample in scan_tar(stream, url, shard.size, left_out):
+                    if str(sample.meta.get("status")).startswith("failed"):
+                        left_out["recorded as failed"] += 1
+                    elif sample.key in exclude:
+                        left_out["excluded"] += 1
+                    else:
+                        rows.add(number, sample)
+        except DamagedShard as error:
+            damage = str(error)
+            left_out["shard damaged from some byte on"] += 1
+        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+            raise UserError(f"cannot read {url}: {type(error).__name__}; was it moved or deleted?") from None
+        except (TypeError, ValueError, LookupError, AssertionError, AttributeError):  # faults of ours
+            raise
+        except Exception as error:  # each store's client has error classes of its own
+            last = error
+            continue
+        rows.left_out.update(left_out)
+        return damage
+    raise Requeue(f"cannot read {url} after {ATTEMPTS} attempts: {type(last).__name__}: {last}")
 
 
 def _block_size(url: str, shard: ShardFile) -> int:
     """How a remote shard is read: from header to header where its members are large, else as a stream."""
     fs, place = locate(url)
-    sizes = []
-    with fs.open(place, "rb", cache_type="readahead", block_size=_STREAM_BLOCK) as stream:
+    sizes: list[int] = []
+    with (
+        contextlib.suppress(DamagedShard),
+        fs.open(place, "rb", cache_type="readahead", block_size=_STREAM_BLOCK) as stream,
+    ):
         for sample in scan_tar(stream, url, shard.size, Counter()):
             sizes += [size for _, size in sample.members.values()]
             if len(sizes) >= _SAMPLED or stream.tell() > 4 * _STREAM_BLOCK:
@@ -191,40 +320,67 @@ def _block_size(url: str, shard: ShardFile) -> int:
     return _HEADER_BLOCK if large else _STREAM_BLOCK
 
 
-def _merge(folder: str, shards: Sequence[ShardFile], paths: Sequence[str]) -> Built:
+@contextlib.contextmanager
+def _written(path: str) -> Iterator[str]:
+    """As `atomic_file`, with a store's refusal as a `UserError`."""
+    fs, _ = locate(path)
+    try:
+        with atomic_file(path) as target:
+            yield target
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(fs, LocalFileSystem):
+            raise
+        raise UserError(f"cannot write {path}: {type(error).__name__}: {error}") from None
+
+
+def _merge(folder: str, groups: Sequence[Sequence[ShardFile]], paths: Sequence[str]) -> Built:
     """Write ``index.arrow`` out of the groups' files, holding one of them at a time."""
-    extensions: dict[str, int] = {}
+    found: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
+    damaged: dict[str, str] = {}
     files: list[dict[str, Any]] = []
     kinds: dict[str, set[pa.DataType]] = {}
     seen: Counter[str] = Counter()
+    rows = 0
     for path in paths:
         table = _read_part(path)
         about = json.loads(table.schema.metadata[b"lvdm"])
-        for extension in about["extensions"]:
-            extensions.setdefault(extension, len(extensions))
+        found.update(about["extensions"])
         left_out.update(about["left_out"])
+        damaged |= about["damaged"]
         files += about["shards"]
+        rows += table.num_rows
         for column in table.schema:
             if column.name.startswith(META):
                 kinds.setdefault(column.name, set()).add(column.type)
                 seen[column.name] += table.num_rows
+    for damage in itertools.islice(damaged.values(), _NAMED):
+        log.warning("%s", damage)
+    if len(damaged) > _NAMED:
+        log.warning("%d more shards of %s are damaged; the index names them", len(damaged) - _NAMED, folder)
+    if len(damaged) == len(files):
+        raise UserError(f"all {len(files)} shards of {folder} are damaged; the first: {next(iter(damaged.values()))}")
+    extensions = {name: number for number, (name, _) in enumerate(found.most_common(_MOST_EXTENSIONS))}
+    if len(found) > len(extensions):
+        rare = sum(count for name, count in found.items() if name not in extensions)
+        left_out[f"member whose extension is none of the {_MOST_EXTENSIONS} commonest"] += rare
     kept = sorted(name for name, _ in seen.most_common(_MOST_COLUMNS))
     fields = [pa.field(name, kind) for name, kind in COLUMNS.items()]
     fields += [pa.field(name, _common(kinds[name])) for name in kept]
-    about = {"version": VERSION, "shards": files, "extensions": list(extensions), "left_out": dict(left_out)}
+    about = {"version": VERSION, "shards": files, "extensions": list(extensions)}
+    about |= {"left_out": dict(left_out), "damaged": damaged}
     schema = pa.schema(fields, metadata={"lvdm": json.dumps(about)})
-    rows = 0
-    with atomic_file(f"{folder}/{INDEX_NAME}") as target, pa.ipc.new_file(target, schema) as writer:
-        for number, path in enumerate(paths):
+    first = 0
+    with _written(f"{folder}/{INDEX_NAME}") as target, pa.ipc.new_file(target, schema) as writer:
+        for group, path in zip(groups, paths, strict=True):
             table = _read_part(path)
             own = json.loads(table.schema.metadata[b"lvdm"])["extensions"]
-            writer.write_table(
-                _conform(table, schema, number * _GROUP, [extensions[name] for name in own]),
-                max_chunksize=_ROWS_PER_BATCH,
-            )
-            rows += table.num_rows
-    return Built(rows, len(shards), dict(left_out))
+            numbers = np.array([extensions.get(name, -1) for name in own], dtype=np.int16)
+            writer.write_table(_conform(table, schema, first, numbers), max_chunksize=_ROWS_PER_BATCH)
+            first += len(group)
+    return Built(rows, len(files), dict(left_out), damaged)
 
 
 def _read_part(path: str) -> pa.Table:
@@ -232,15 +388,14 @@ def _read_part(path: str) -> pa.Table:
     return pa.ipc.open_file(pa.BufferReader(fs.cat_file(place))).read_all()
 
 
-def _conform(table: pa.Table, schema: pa.Schema, first_shard: int, extensions: Sequence[int]) -> pa.Table:
+def _conform(table: pa.Table, schema: pa.Schema, first_shard: int, extensions: np.ndarray) -> pa.Table:
     """A group's rows with the shards, extensions and columns of the whole set."""
-    table = table.combine_chunks()
     arrays = []
     for column in schema:
         if column.name == "shard":
             arrays.append(pc.add(table["shard"], pa.scalar(first_shard, pa.int32())))
         elif column.name == "members":
-            arrays.append(_renumbered(table["members"], extensions))
+            arrays.append(_renumbered(table["members"].combine_chunks(), extensions))
         elif column.name in table.schema.names:
             arrays.append(table[column.name].cast(column.type))
         else:
@@ -248,36 +403,58 @@ def _conform(table: pa.Table, schema: pa.Schema, first_shard: int, extensions: S
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def _renumbered(members: pa.ChunkedArray, extensions: Sequence[int]) -> pa.Array:
-    lists = pa.concat_arrays(members.chunks) if members.num_chunks else pa.array([], members.type)
-    inner = lists.values
-    numbers = (
-        pa.array(extensions, pa.int16()).take(inner.field("extension")) if extensions else inner.field("extension")
-    )
-    fields = [numbers, inner.field("offset"), inner.field("size")]
-    return pa.ListArray.from_arrays(lists.offsets, pa.StructArray.from_arrays(fields, fields=list(inner.type)))
+def _renumbered(members: pa.ListArray, extensions: np.ndarray) -> pa.ListArray:
+    """The members with the numbers that ``extensions`` gives for theirs, without those that it gives -1 for."""
+    ends = members.offsets.to_numpy()
+    extension, offset, size = (members.values.field(name).to_numpy() for name in ("extension", "offset", "size"))
+    extension = extensions[extension]
+    stays = extension >= 0
+    if not stays.all():
+        ends = np.concatenate([[0], np.cumsum(stays)])[ends]
+        extension, offset, size = extension[stays], offset[stays], size[stays]
+    return _lists(ends, extension, offset, size)
 
 
-def _meta(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Columns out of a ``.json``: its numbers, booleans and short texts, and what ffprobe says of the first video."""
+def _lists(ends: np.ndarray, extension: np.ndarray, offset: np.ndarray, size: np.ndarray) -> pa.ListArray:
+    fields = [pa.field("extension", pa.from_numpy_dtype(extension.dtype)), *list(MEMBER)[1:]]
+    inner = pa.StructArray.from_arrays([pa.array(values) for values in (extension, offset, size)], fields=fields)
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), inner)
+
+
+def _meta(sample: Scanned) -> dict[str, Any]:
+    """Columns for a sample: the numbers, booleans and short texts of its ``.json``, what ffprobe says there of its
+    first video, and how many frames it has if it is made of images."""
     found = {
-        f"{META}{name}": value
-        for name, value in meta.items()
+        f"{META}{_text(name)}": _text(value) if isinstance(value, str) else value
+        for name, value in sample.meta.items()
         if name not in _NO_COLUMN and len(name) <= _LONGEST_TEXT and _is_scalar(value)
     }
-    try:
-        streams = meta["video_metadata"]["streams"]
-        video = next(stream for stream in streams if stream.get("codec_type", "video") == "video")
-    except (KeyError, TypeError, AttributeError, StopIteration):
-        return found
+    video = _first_video(sample.meta)
     for theirs, ours in _VIDEO_COLUMNS.items():
         number = _number(video.get(theirs))
         if number is not None:
             found.setdefault(f"{META}{ours}", number)
-    rate = _number(video.get("r_frame_rate"))
-    if rate is not None:
-        found.setdefault(f"{META}fps", rate)
+    if sample.members.keys().isdisjoint(VIDEO_EXTENSIONS):
+        if sample.frames:
+            found[f"{META}frames"] = sample.frames
+        elif not sample.members.keys().isdisjoint(IMAGE_EXTENSIONS):
+            found.setdefault(f"{META}frames", 1)
     return found
+
+
+def _first_video(meta: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What ffprobe says of the first video stream."""
+    try:
+        streams = meta["video_metadata"]["streams"]
+        video = next(stream for stream in streams if stream.get("codec_type", "video") == "video")
+    except (KeyError, TypeError, AttributeError, StopIteration):
+        return {}
+    return video if isinstance(video, dict) else {}
+
+
+def _text(text: str) -> str:
+    """The text without halves of surrogate pairs, which JSON can name and Arrow cannot hold."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _is_scalar(value: Any) -> bool:

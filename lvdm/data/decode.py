@@ -14,7 +14,7 @@ bytes, packets and pixels, not of seconds, so that the outcome is the same on a 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -66,6 +66,23 @@ class VideoInfo:
 
 
 Indices = Sequence[int] | Callable[[VideoInfo], Sequence[int]]
+
+
+def footage(members: Mapping[str, bytes]) -> bytes | list[bytes]:
+    """The video among a sample's members, or its frames: ``0001.jpg``, ``0002.jpg`` and so on, or one image.
+
+    Raises:
+        BadSample: there is none.
+    """
+    for extension in VIDEO_EXTENSIONS:
+        if extension in members:
+            return members[extension]
+    numbered = sorted((number, name) for name in members if (number := images.frame_number(name)) is not None)
+    frames = [members[name] for _, name in numbered]
+    frames = frames or [members[extension] for extension in images.IMAGE_EXTENSIONS if extension in members][:1]
+    if not frames:
+        raise BadSample("no video and no image in the sample")
+    return frames
 
 
 def probe(data: bytes | Sequence[bytes]) -> VideoInfo:

@@ -49,7 +49,5 @@ def _decoder() -> Any:
         from torchcodec.decoders import VideoDecoder
     except (ImportError, RuntimeError, OSError) as error:  # without FFmpeg its libraries do not load
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"data.video.decoder=torchcodec: {reason}; install it and FFmpeg, or use pyav"
-        ) from None
+        raise UserError(f"data.video.decoder=torchcodec: {reason}; install it and FFmpeg, or use pyav") from None
     return VideoDecoder

@@ -10,8 +10,8 @@ members         list of (extension: int16 into the schema's metadata, offset, si
 meta.NAME …     what the samples' ``.json`` say: a column a name, of numbers, texts or booleans, null where absent
 ==============  ========================================================================================
 
-The schema's metadata holds one JSON under ``lvdm``: format version, shards (name, size, tag), extensions, and how many
-members and samples were left out, by reason. ``lvdm.data.build_index`` writes it.
+The schema's metadata holds one JSON under ``lvdm``: format version, shards (name, size, tag), extensions, how many
+members and samples were left out, by reason, and which shards are damaged. ``lvdm.data.build_index`` writes it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from lvdm.errors import UserError
 from lvdm.storage import cached_copy, locate, version_tag
 
 INDEX_NAME = "index.arrow"
-VERSION = 2
+VERSION = 3
 META = "meta."
 """Before the names of metadata columns."""
 BUILD = "build it with: python tools/index_shards.py"
@@ -80,6 +80,8 @@ class SampleRecord:
     """Offset in the shard and size of each member, by extension."""
     meta: dict[str, Any] = field(default_factory=dict)
     """Metadata that the index knows; unknown values are absent."""
+    tag: str = ""
+    """`ShardFile.tag` of the shard."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,9 @@ class Part:
     shards: list[ShardFile]
     extensions: list[str]
     left_out: dict[str, int]
+    """Members and samples that the index leaves out, by reason."""
+    damaged: dict[str, str]
+    """What was wrong with shards that could not be read to their ends, by name."""
     batches: list[pa.RecordBatch]
     starts: list[int]
     """Row at which each batch starts, counted in this folder."""
@@ -132,8 +137,9 @@ class Index:
         part = self.parts[which]
         batch, place = part.batch_of(row - self._starts[which])
         values = batch.slice(place, 1).to_pylist()[0]
+        shard = part.shards[values["shard"]]
         return SampleRecord(
-            shard=f"{part.folder}/{part.shards[values['shard']].name}",
+            shard=f"{part.folder}/{shard.name}",
             key=values["key"],
             offset=values["offset"],
             size=values["size"],
@@ -143,6 +149,7 @@ class Index:
                 for name, value in values.items()
                 if name.startswith(META) and value is not None
             },
+            tag=shard.tag,
         )
 
     @property
@@ -266,7 +273,7 @@ def _open_part(folder: str) -> Part:
             raise UserError(f"{folder}/{INDEX_NAME} has another format than this lvdm reads; {BUILD} {folder}")
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         shards = [ShardFile(**shard) for shard in about["shards"]]
-        extensions, left_out = list(about["extensions"]), dict(about["left_out"])
+        extensions, left_out, damaged = list(about["extensions"]), dict(about["left_out"]), dict(about["damaged"])
     except FileNotFoundError:
         if not fs.exists(root):
             raise UserError(f"no such folder of shards: {folder}") from None
@@ -278,7 +285,7 @@ def _open_part(folder: str) -> Part:
         starts.append(rows)
         rows += batch.num_rows
     mark = f"{zlib.crc32(folder.encode()):08x}{stat.st_size:x}{stat.st_mtime_ns:x}"
-    return Part(folder, shards, extensions, left_out, batches, starts, rows, mark)
+    return Part(folder, shards, extensions, left_out, damaged, batches, starts, rows, mark)
 
 
 def _check_shards(part: Part) -> None:

@@ -14,8 +14,7 @@ from torch import Tensor
 from lvdm.config import ClipConfig
 from lvdm.data import decode, transforms
 from lvdm.data.batch import LatentBatch, Replacement, VideoBatch
-from lvdm.data.images import IMAGE_EXTENSIONS, frame_number
-from lvdm.errors import BadSample, Requeue, UserError
+from lvdm.errors import Requeue, UserError
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def load_clip(
         return transforms.clip_indices_at(times, clip, draws.start)
 
     frames_THWC = decode.decode_frames(
-        footage(members),
+        decode.footage(members),
         indices,
         clip.height,
         clip.width,
@@ -89,23 +88,6 @@ def load_clip(
     if not transforms.drops_text(seed, position, text_dropout):
         caption = transforms.choose_caption(members, captions, seed, position)
     return VideoSample(position, frames_THWC, caption, replaced)
-
-
-def footage(members: Mapping[str, bytes]) -> bytes | list[bytes]:
-    """The video among a sample's members, or its frames: ``0001.jpg``, ``0002.jpg`` and so on, or one image.
-
-    Raises:
-        BadSample: there is none.
-    """
-    for extension in decode.VIDEO_EXTENSIONS:
-        if extension in members:
-            return members[extension]
-    numbered = sorted((number, name) for name in members if (number := frame_number(name)) is not None)
-    frames = [members[name] for _, name in numbered]
-    frames = frames or [members[extension] for extension in IMAGE_EXTENSIONS if extension in members][:1]
-    if not frames:
-        raise BadSample("no video and no image in the sample")
-    return frames
 
 
 def collate(samples: Sequence[VideoSample] | Sequence[LatentSample]) -> VideoBatch | LatentBatch:

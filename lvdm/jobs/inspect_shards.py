@@ -9,18 +9,20 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lvdm.config import ClipConfig, Condition
-from lvdm.data.decode import decode_frames, probe
+from lvdm.data.decode import decode_frames, footage, probe
 from lvdm.data.fetch import Fetcher
+from lvdm.data.images import frame_number
 from lvdm.data.index import META, Index, open_index
-from lvdm.data.samples import footage
 from lvdm.data.select import select
 from lvdm.data.transforms import read_caption
 from lvdm.errors import BadSample, UserError
 from lvdm.media import contact_sheet
 
 _TEXTS_SHOWN = 5
+_MEMBERS_SHOWN = 30
 _SHEET_FRAMES = 6
 
 
@@ -33,8 +35,10 @@ class Inspected:
     bytes: int
     left_out: dict[str, int]
     """Members and samples that the index left out, by reason."""
+    damaged: dict[str, str]
+    """What was wrong with shards that could not be read to their ends, by URL."""
     members: dict[str, dict[str, int]]
-    """By extension: how many, their bytes, and the median of these."""
+    """By extension, numbered frames as ``*.jpg``: how many, their bytes, and the median of these."""
     numbers: dict[str, dict[str, float]]
     """By field of numbers: how many samples have it, least, median, 95th percentile, largest, and the sum."""
     texts: dict[str, dict[str, int]]
@@ -80,6 +84,7 @@ def inspect_shards(
         shards=len(index.shards),
         bytes=sum(shard.size for part in index.parts for shard in part.shards),
         left_out=left_out,
+        damaged={f"{part.folder}/{name}": what for part in index.parts for name, what in part.damaged.items()},
         members=_members(index),
         numbers=numbers,
         texts=texts,
@@ -94,8 +99,12 @@ def write_sheet(folders: Sequence[str], path: Path, rows: int, where: Sequence[C
     Raises:
         UserError: as `inspect_shards`, or none of them can be shown.
     """
+    if rows < 1:
+        raise UserError(f"--rows {rows}: a sheet shows at least 1 sample")
     index = open_index(folders, check=False)
     chosen = select(index, where).rows[0]
+    if not len(chosen):
+        raise UserError(f"no samples are left to show of {', '.join(folders)}: --where removes all {len(index)}")
     places = np.unique(np.linspace(0, len(chosen) - 1, min(rows, len(chosen))).round().astype(int))
     records = [index[chosen[int(place)]] for place in places]
     clips, captions, faults = [], [], []
@@ -132,27 +141,38 @@ def _numbers(chunks: Sequence[pa.Array]) -> dict[str, float]:
 
 
 def _texts(chunks: Sequence[pa.Array]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for chunk in chunks:
-        for entry in chunk.drop_null().value_counts().to_pylist():
-            name = str(entry["values"])
-            counts[name] = counts.get(name, 0) + entry["counts"]
-    common = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    shown = dict(common[:_TEXTS_SHOWN])
-    rest = sum(count for _, count in common[_TEXTS_SHOWN:])
-    return shown | ({f"{len(common) - _TEXTS_SHOWN} others": rest} if rest else {})
+    known = [chunk.drop_null().cast(pa.string()) for chunk in chunks if not pa.types.is_null(chunk.type)]
+    found = pa.chunked_array(known, pa.string()).value_counts()
+    counts = pa.table({"values": found.field("values"), "counts": found.field("counts")})
+    order = [("counts", "descending"), ("values", "ascending")]
+    common = counts.take(pc.select_k_unstable(counts, _TEXTS_SHOWN, order))
+    shown = dict(zip(common["values"].to_pylist(), common["counts"].to_pylist(), strict=True))
+    rest = sum(map(len, known)) - sum(shown.values())
+    return shown | ({f"{len(counts) - len(shown)} others": rest} if rest else {})
 
 
 def _members(index: Index) -> dict[str, dict[str, int]]:
-    sizes: dict[str, list[np.ndarray]] = {}
+    numbers: dict[str, int] = {}
+    kinds, sizes = [np.zeros(0, np.int16)], [np.zeros(0, np.int64)]
     for part in index.parts:
+        labels = [
+            f"*.{name.rpartition('.')[2]}" if frame_number(name) is not None else name for name in part.extensions
+        ]
+        number_of = np.array([numbers.setdefault(label, len(numbers)) for label in labels], dtype=np.int16)
         for batch in part.batches:
             inner = batch.column("members").flatten()
-            extension, size = (inner.field(name).to_numpy() for name in ("extension", "size"))
-            for number in np.unique(extension):
-                sizes.setdefault(part.extensions[number], []).append(size[extension == number])
-    found = {name: np.concatenate(parts) for name, parts in sorted(sizes.items())}
+            kinds.append(number_of[inner.field("extension").to_numpy()])
+            sizes.append(inner.field("size").to_numpy())
+    kind, size = np.concatenate(kinds), np.concatenate(sizes)
+    counts = np.bincount(kind, minlength=len(numbers))
+    size = size[np.argsort(kind, kind="stable")]
+    by_name = dict(zip(numbers, np.split(size, np.cumsum(counts)[:-1]), strict=True)) if numbers else {}
+    names = sorted(by_name, key=lambda name: (-len(by_name[name]), name))
+    groups = {name: by_name[name] for name in sorted(names[:_MEMBERS_SHOWN])}
+    if rest := names[_MEMBERS_SHOWN:]:
+        groups[f"{len(rest)} others"] = np.concatenate([by_name[name] for name in rest])
     return {
         name: {"members": len(values), "bytes": int(values.sum()), "median": int(np.median(values))}
-        for name, values in found.items()
+        for name, values in groups.items()
+        if len(values)
     }

@@ -2,18 +2,49 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
-from lvdm.data.build_index import build_index
+from lvdm.config import Bucket, ClipConfig, ShardSet
+from lvdm.data import build_index as module
+from lvdm.data.build_index import PARTS, build_index
 from lvdm.data.fetch import read_sample
-from lvdm.data.index import open_index
+from lvdm.data.index import Index, open_index
+from lvdm.data.select import select
+from lvdm.data.sources import open_sources
+from lvdm.data.tar_scan import MOST_FRAMES, MOST_MEMBERS
 from lvdm.data.writer import ShardSample, write_shard
-from lvdm.errors import UserError
+from lvdm.errors import Requeue, UserError
+from tests.data.stores import web_server
+
+TOOL = Path(__file__).resolve().parents[2] / "tools/index_shards.py"
+
+
+def write_tar(path: Path, members: Mapping[str, bytes | dict[str, Any]]) -> None:
+    """A tar of these members, dicts as JSON."""
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            data = json.dumps(content, indent=4).encode() if isinstance(content, dict) else content
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def rows_of(index: Index) -> list[Any]:
+    return [index[row] for row in range(len(index))]
 
 
 @pytest.fixture
@@ -128,8 +159,394 @@ def test_sets_without_samples(tmp_path: Path) -> None:
         open_index([str(tmp_path)])
 
 
-def test_a_cut_shard_is_not_indexed(copy: Path) -> None:
+def test_a_cut_shard_gives_what_stands_before_the_cut_and_is_named(
+    copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = rows_of(open_index([str(copy)]))
     path = copy / "00001.tar"
-    path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(UserError, match=r"00001\.tar is not a whole tar file"):
-        build_index(str(copy))
+    cut = before[12].members["mp4"][0] + 5  # inside the fourth of its nine
+    path.write_bytes(path.read_bytes()[:cut])
+    built = build_index(str(copy))
+    assert built.samples == 23 - 6
+    assert built.left_out == {"shard damaged from some byte on": 1, "sample next to the damage of its shard": 1}
+    assert list(built.damaged) == ["00001.tar"]
+    assert built.damaged["00001.tar"] == caplog.messages[0]
+    assert f"shard {path} is damaged at byte" in caplog.messages[0]
+    assert "reaches past the end of the file" in caplog.messages[0]
+    index = open_index([str(copy)])
+    places = [(record.shard, record.key, record.members) for record in rows_of(index)]
+    assert places == [(record.shard, record.key, record.members) for record in before[:12] + before[18:]]
+    assert index.parts[0].damaged == built.damaged
+
+
+@pytest.fixture
+def many(samples: list[ShardSample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Twelve small shards, in groups of about two."""
+    monkeypatch.setattr(module, "_GROUP", 2)
+    for number in range(12):
+        write_shard(str(tmp_path / "many"), number, [samples[number], samples[(number + 1) % 23]])
+    return tmp_path / "many"
+
+
+def scanned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the shards that builds in this process scan from now on."""
+    names: list[str] = []
+    scan = module._scan_shard
+
+    def noted(rows: Any, number: int, url: str, *rest: Any) -> str:
+        names.append(url.rsplit("/", 1)[-1])
+        return scan(rows, number, url, *rest)
+
+    monkeypatch.setattr(module, "_scan_shard", noted)
+    return names
+
+
+def test_workers_change_no_byte_of_an_index(many: Path) -> None:
+    build_index(str(many))
+    alone = (many / "index.arrow").read_bytes()
+    shutil.rmtree(many / PARTS)
+    (many / "index.arrow").unlink()
+    counts: list[tuple[int, int]] = []
+    build_index(str(many), workers=3, progress=lambda done, total: counts.append((done, total)))
+    assert (many / "index.arrow").read_bytes() == alone
+    assert counts[0] == (0, 12)
+    assert counts[-1] == (12, 12)
+    assert len(counts) > 4
+
+
+def test_a_later_build_scans_only_groups_with_new_shards(
+    many: Path, samples: list[ShardSample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = scanned(monkeypatch)
+    build_index(str(many))
+    assert names == [f"{number:05d}.tar" for number in range(12)]
+    names.clear()
+    build_index(str(many))
+    assert names == []
+    write_shard(str(many), 12, samples[:2])
+    (many / "00012.tar").rename(many / "00005b.tar")  # in the middle
+    built = build_index(str(many))
+    assert built.samples == 26
+    assert "00005b.tar" in names
+    assert len(names) <= 6
+    names.clear()
+    write_shard(str(many), 3, samples[4:7])  # another content
+    build_index(str(many))
+    assert "00003.tar" in names
+    assert len(names) <= 6
+    together = rows_of(open_index([str(many)]))
+    assert len(together) == 27
+    parts = list((many / PARTS).iterdir())
+    shutil.rmtree(many / PARTS)
+    build_index(str(many))
+    assert rows_of(open_index([str(many)])) == together
+    assert {part.name for part in (many / PARTS).iterdir()} == {part.name for part in parts}  # none is stale
+
+
+def test_other_exclusions_scan_what_they_change(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_index(str(many))
+    key = open_index([str(many)])[8].key
+    names = scanned(monkeypatch)
+    built = build_index(str(many), exclude={f"{many}/00004.tar": frozenset([key])})
+    assert built.samples == 23
+    assert built.left_out == {"excluded": 1}
+    assert "00004.tar" in names
+    assert len(names) <= 6
+    assert build_index(str(many)).samples == 24
+
+
+def session(leader: int) -> list[int]:
+    """Processes of the session that ``leader`` began, itself aside."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == leader and int(path.parent.name) != leader and fields[0] != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+def test_a_killed_build_leaves_no_process_and_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "set"
+    write_tar(folder / "0000.tar", {f"{number:05d}.mp4": b"" for number in range(150)})
+    for number in range(1, 300):
+        os.link(folder / "0000.tar", folder / f"{number:04d}.tar")
+    (folder / "bad.tar").write_bytes(b"no tar" * 100)
+    parts = folder / PARTS
+    with subprocess.Popen([sys.executable, TOOL, folder, "--workers", "2"], start_new_session=True) as tool:
+        deadline = time.monotonic() + 60
+        while not (parts.is_dir() and len(list(parts.glob("*.arrow"))) >= 2):
+            assert tool.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        tool.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while session(tool.pid):
+        assert time.monotonic() < deadline, "its workers live on"
+        time.sleep(0.05)
+    assert not (folder / "index.arrow").exists()
+    there = len(list(parts.glob("*.arrow")))
+    names = scanned(monkeypatch)
+    done: list[int] = []
+    assert build_index(str(folder), progress=lambda count, total: done.append(count)).samples == 45_000
+    assert done[0] > 0
+    assert len(names) == 301 - done[0]
+    assert len(list(parts.glob("*.arrow"))) > there
+    assert not list(parts.glob(".writing*"))
+    index = (folder / "index.arrow").read_bytes()
+    shutil.rmtree(parts)
+    command = [sys.executable, str(TOOL), str(folder), "--workers", "2"]
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (folder / "index.arrow").read_bytes() == index
+    assert again.returncode == 0
+    assert "45000 samples in 301 shards; 1 left out: shard damaged" in " ".join(again.stdout.split())
+    assert " ".join(again.stderr.split()).count("bad.tar is damaged at byte 0: that is no header of a tar") == 1
+
+
+class Flaky:
+    """Makes every third opening of a file in the memory store fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, every: int) -> None:
+        self.calls = 0
+        opened = MemoryFileSystem._open
+
+        def _open(fs: MemoryFileSystem, path: str, mode: str = "rb", **how: Any) -> Any:
+            self.calls += mode == "rb"
+            if mode == "rb" and self.calls % every == 0:
+                raise OSError("the store is busy")
+            return opened(fs, path, mode, **how)
+
+        monkeypatch.setattr(MemoryFileSystem, "_open", _open)
+
+
+def test_a_store_that_fails_now_and_then_loses_nothing_and_one_that_is_down_asks_for_another_start(
+    samples: list[ShardSample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(module, "_GROUP", 1)
+    for number in range(6):
+        write_shard("memory://flaky/set", number, samples[number * 3 : number * 3 + 3])
+    with monkeypatch.context() as patch:
+        scan, group = module._scan_group, iter(range(6))
+
+        def scan_under_faults(*how: Any) -> None:
+            with pytest.MonkeyPatch.context() as inner:
+                Flaky(inner, 1 if next(group) == 3 else 3)
+                scan(*how)
+
+        patch.setattr(module, "_scan_group", scan_under_faults)
+        with pytest.raises(
+            Requeue, match=r"cannot read memory://flaky/set/00003\.tar after 6 attempts: OSError: the store"
+        ):
+            build_index("memory://flaky/set")
+    names = scanned(monkeypatch)
+    assert build_index("memory://flaky/set").samples == 18
+    assert names == ["00003.tar", "00004.tar", "00005.tar"]
+    index = open_index(["memory://flaky/set"])
+    assert [record.key for record in rows_of(index)] == [sample.key for sample in samples[:18]]
+    assert read_sample(index[17])["mp4"] == samples[17].members["mp4"]
+
+
+def test_a_store_that_takes_no_index_says_so(samples: list[ShardSample], tmp_path: Path) -> None:
+    write_shard(str(tmp_path), 0, samples[:2])
+    with web_server(tmp_path) as server, pytest.raises(UserError, match=r"cannot write http://.*\.arrow: "):
+        build_index(f"{server.url}/")
+
+
+def test_a_shard_replaced_by_one_of_the_same_size_is_named(copy: Path) -> None:
+    path = copy / "00001.tar"
+    data = bytearray(path.read_bytes())
+    path.touch()
+    open_index([str(copy)])  # another time, the same bytes
+    data[600] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"shard .*copy/00001\.tar was changed after it was indexed; build it with"):
+        open_index([str(copy)])
+    assert build_index(str(copy)).samples == 23
+    open_index([str(copy)])
+
+
+FFPROBE = {
+    "streams": [
+        {"codec_type": "audio", "duration": "9.0"},
+        {
+            "codec_type": "video",
+            "width": 320,
+            "height": 240,
+            "r_frame_rate": "30000/1001",
+            "nb_frames": "60",
+            "duration": "2.002",
+        },
+    ],
+    "format": {"duration": "2.0"},
+}
+
+
+def test_video2dataset_shards(tmp_path: Path) -> None:
+    """Failures keep text and json; clips have a number of their own; ffprobe's answer is in the json."""
+    about: dict[str, Any] = {"url": "http://x", "caption": "a dog", "key": "00000000", "status": "success"}
+    about["error_message"] = None
+    clip = about | {"key": "00000002_00001", "clips": [[1.0, 2.5]], "yt_meta_dict": {}, "video_metadata": FFPROBE}
+    clip |= {"AESTHETIC_SCORE": 5.5, "LANGUAGE": "en", "videoid": 17, "page_dir": "x" * 500}
+    failed = about | {"key": "00000001", "status": "failed_to_download", "error_message": "404"}
+    cut = about | {"key": "00000003", "status": "failed_to_subsample", "error_message": "no stream"}
+    write_tar(
+        tmp_path / "set/00000.tar",
+        {
+            "00000001.txt": b"a cat",
+            "00000001.json": failed,
+            "00000000.mp4": b"v",
+            "00000000.txt": b"a dog",
+            "00000000.json": about,
+            "00000003.json": cut,
+            "00000002_00001.mp4": b"w",
+            "00000002_00001.txt": b"a dog",
+            "00000002_00001.json": clip,
+        },
+    )
+    built = build_index(str(tmp_path / "set"))
+    assert (built.samples, built.left_out) == (2, {"recorded as failed": 2})
+    one, two = rows_of(open_index([str(tmp_path / "set")]))
+    assert (one.key, one.meta) == ("00000000", {})
+    assert two.key == "00000002_00001"
+    expected: dict[str, Any] = {
+        "width": 320.0,
+        "height": 240.0,
+        "fps": pytest.approx(29.97, abs=0.001),
+        "frames": 60.0,
+        "duration": 2.002,
+        "AESTHETIC_SCORE": 5.5,
+        "LANGUAGE": "en",
+        "videoid": 17.0,
+    }
+    assert two.meta == expected
+
+
+def test_img2dataset_shards_are_images_of_one_frame_in_the_size_that_is_stored(tmp_path: Path) -> None:
+    about = {"caption": "x", "status": "success", "width": 256, "height": 192, "exif": "{}", "sha256": "f" * 64}
+    about |= {"original_width": 1024, "original_height": 768}
+    failed = about | {"status": "failed_to_resize", "width": None, "height": None}
+    write_tar(
+        tmp_path / "set/00000.tar",
+        {
+            "000000000.jpg": b"j",
+            "000000000.txt": b"x",
+            "000000000.json": about,
+            "000000001.json": failed,
+            "000000001.txt": b"x",
+            "000000002.webp": b"w",
+            "000000003.mp4": b"v",
+            "000000003.jpg": b"thumbnail",
+            "000000004.txt": b"alone",
+            "000000005.png": b"p",
+            "000000005.json": {"frames": 3},
+        },
+    )
+    assert build_index(str(tmp_path / "set")).left_out == {"recorded as failed": 1}
+    index = open_index([str(tmp_path / "set")])
+    metas = {record.key[-1]: record.meta for record in rows_of(index)}
+    assert (metas["0"]["frames"], metas["0"]["width"], metas["0"]["height"]) == (1, 256, 192)
+    assert metas["2"] == {"frames": 1}
+    assert metas["3"] == metas["4"] == {}
+    assert metas["5"] == {"frames": 3}
+    buckets = (Bucket(frames=8, height=64, width=64, size=2), Bucket(frames=1, height=192, width=256, size=4))
+    selection = select(index, (), ClipConfig(buckets=buckets).sizes)
+    assert [list(rows) for rows in selection.rows] == [[], [0]]
+
+
+def test_plain_webdataset_shards(tmp_path: Path) -> None:
+    """Folders in names, extensions of several parts and in capitals, names with dots in folders, ``./`` in front."""
+    write_tar(
+        tmp_path / "set/train-{000}.tar",
+        {
+            "./v1.0/day one/clip_é.MP4": b"1",
+            "./v1.0/day one/clip_é.caption.txt": b"2",
+            "b.seg.png": b"3",
+            "b.cls": b"4",
+            "__MACOSX/._b.cls": b"",
+            "README": b"",
+        },
+    )
+    built = build_index(str(tmp_path / "set"))
+    assert (built.samples, built.left_out) == (2, {"name without an extension": 2})
+    one, two = rows_of(open_index([str(tmp_path / "set")]))
+    assert (one.key, read_sample(one)) == ("./v1.0/day one/clip_é", {"mp4": b"1", "caption.txt": b"2"})
+    assert (two.key, read_sample(two), two.meta) == ("b", {"seg.png": b"3", "cls": b"4"}, {})
+
+
+def test_sidecar_shards_of_captions_and_flow_join_by_shard_and_key(tmp_path: Path) -> None:
+    done = {"status": "success"}
+    for shard in range(2):
+        keys = [f"0000{shard}00{number}" for number in range(4)]
+        write_tar(
+            tmp_path / f"videos/{shard:05d}.tar",
+            {f"{key}.{e}": d for key in keys for e, d in (("mp4", key.encode()), ("json", done))},
+        )
+        write_tar(
+            tmp_path / f"captions/{shard:05d}.tar",
+            {
+                f"{key}.{e}": d
+                for key in reversed(keys[1:])
+                for e, d in (("txt", b"seen"), ("json", done | {"vblip": "x"}))
+            },
+        )
+        write_tar(tmp_path / f"flow/{shard:05d}.tar", {f"{key}.npy": b"" for key in keys[:3]})
+    folders = {name: str(tmp_path / name) for name in ("videos", "captions", "flow")}
+    for folder in folders.values():
+        build_index(folder)
+    (source,) = open_sources([ShardSet(folders=(folders["videos"],), join=(folders["captions"], folders["flow"]))], [])
+    assert len(source.selection) == 4
+    for place in range(4):
+        records = source.records(0, place)
+        assert len({record.key for record in records}) == 1
+        assert [sorted(record.members) for record in records] == [["json", "mp4"], ["json", "txt"], ["npy"]]
+        assert len({record.shard.rsplit("/", 1)[-1] for record in records}) == 1
+
+
+def test_folders_of_frames_are_samples(tmp_path: Path) -> None:
+    frames = {f"a.{number:05d}.jpg": b"%d" % number for number in range(MOST_FRAMES + 3)}
+    others = {f"b.{number}.png": b"" for number in (3, 1, 2)}
+    parts = {f"c.part{number}.bin": b"" for number in range(MOST_MEMBERS + 2)}
+    write_tar(
+        tmp_path / "set/0.tar", {**frames, "a.json": {"frames": 99, "width": 64, "height": 48}, **others, **parts}
+    )
+    built = build_index(str(tmp_path / "set"))
+    assert built.left_out == {
+        f"more than {MOST_FRAMES} frames in a sample": 3,
+        f"more than {MOST_MEMBERS} members in a sample": 2,
+    }
+    one, two, three = rows_of(open_index([str(tmp_path / "set")]))
+    assert one.meta == {"frames": MOST_FRAMES, "width": 64, "height": 48}
+    assert two.meta == {"frames": 3}
+    assert three.meta == {}
+    members = read_sample(one)
+    assert len(members) == MOST_FRAMES + 1
+    assert all(members[f"{number:05d}.jpg"] == b"%d" % number for number in range(MOST_FRAMES))
+    assert len(three.members) == MOST_MEMBERS
+
+
+def test_the_commonest_extensions_are_kept_and_others_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MOST_EXTENSIONS", 2)
+    monkeypatch.setattr(module, "_GROUP", 1)
+    for shard in range(2):
+        members = {f"{number}.{e}": b"x" for number in range(9) for e in (f"v{shard}{number}.mp4", "mp4", "txt")}
+        write_tar(tmp_path / f"set/{shard}.tar", members)
+    built = build_index(str(tmp_path / "set"))
+    assert built.left_out == {"member whose extension is none of the 2 commonest": 18}
+    index = open_index([str(tmp_path / "set")])
+    assert len(index) == 18
+    for record in rows_of(index):
+        assert read_sample(record) == {"mp4": b"x", "txt": b"x"}
+
+
+def test_names_of_shards_may_be_any_that_a_file_system_takes(samples: list[ShardSample], tmp_path: Path) -> None:
+    write_shard(str(tmp_path), 0, samples[:2])
+    for name in (b"\xff\xfe.tar", "ä #?%41 {1..2}.tar".encode(), b"new\nline.tar"):
+        shutil.copy(os.fsencode(tmp_path / "00000.tar"), os.fsencode(tmp_path) + b"/" + name)
+    assert build_index(str(tmp_path)).samples == 8
+    for record in rows_of(open_index([str(tmp_path)])):
+        assert read_sample(record)["mp4"] in (samples[0].members["mp4"], samples[1].members["mp4"])

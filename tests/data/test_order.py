@@ -121,7 +121,7 @@ def test_each_epoch_takes_every_sample_once_or_carries_it_over(
         assert not counts or set(counts) <= {sum(counts) // whole, sum(counts) // whole + 1}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**63 - 1))
 def test_weights_are_kept_in_every_block_and_each_source_runs_through_its_samples(
     data: st.DataObject, seed: int

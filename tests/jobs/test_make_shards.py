@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from lvdm.data.decode import decode_frames, probe
+from lvdm.data.decode import footage as footage_of
 from lvdm.data.encode import encode_mp4
 from lvdm.data.fetch import read_sample
 from lvdm.data.index import open_index
-from lvdm.data.samples import footage as footage_of
 from lvdm.errors import UserError
 from lvdm.jobs.make_shards import Source, footage, make_shapes, make_video_shards, read_folder, read_list
 from lvdm.synthetic import HELD_OUT, caption, combinations, render
