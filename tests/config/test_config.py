@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 import time
@@ -11,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from lvdm.config import (
     AnyTraining,
+    DataConfig,
     LatentDiffusionTraining,
     Section,
     dump_yaml,
@@ -145,6 +148,14 @@ def test_values_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         config.optim.lr = 1.0
     assert isinstance(config, AnyTraining)
+
+
+def test_the_example_of_the_data_page_is_a_config() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```yaml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    config = DataConfig.model_validate(yaml.safe_load(example)["data"])
+    assert config.video is not None
+    assert len(config.video.clip.sizes) == 2
 
 
 def test_the_reference_of_all_settings_is_current() -> None:

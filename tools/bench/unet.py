@@ -9,18 +9,15 @@ and the peak memory of activations; writes them, dated, into ``tools/bench/resul
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from result import RESULTS, write_result
 from torch import Tensor, nn
 
 Run = Callable[[], Tensor]
@@ -33,7 +30,7 @@ def main() -> None:
     """Build both, check that they agree, measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10, help="interleaved runs of each (10)")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder for the result")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the result")
     arguments = parser.parse_args()
     own, theirs = build()
     generator = torch.Generator().manual_seed(1)
@@ -69,9 +66,9 @@ def main() -> None:
     lines += ["", f"matrix-multiply peak, measured: {peak / 1e9:.1f} GFLOP/s", "", "| peak of activations | MB | |"]
     lines += ["| --- | --- | --- |"]
     lines += [f"| {name} | {size / 1e6:.0f} | {size / memory['diffusers']:.0%} |" for name, size in memory.items()]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    write(arguments.results, text)
+    model = f"channels {CHANNELS}, heads of {HEAD}, clip {'x'.join(map(str, CLIP))}, {TOKENS} text tokens of {CONTEXT}"
+    lines = [f"{model}, fp32, {torch.get_num_threads()} threads.", "", *lines]
+    write_result(arguments.results, "unet", "ModelScope's UNet against diffusers'", ["torch", "diffusers"], lines)
 
 
 def build() -> tuple[nn.Module, nn.Module]:
@@ -157,29 +154,6 @@ def peak_activations(run: Run) -> int:
         total += size
         largest = max(largest, total)
     return largest
-
-
-def write(folder: Path, table: str) -> None:
-    """Write the table with hardware, versions and command."""
-    import diffusers
-
-    today = datetime.date.today().isoformat()
-    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
-    cpu = model.partition(":")[2].strip() or platform.processor()
-    head = [
-        f"# ModelScope's UNet against diffusers', {today}",
-        "",
-        f"- command: `{' '.join([Path(sys.executable).name, *sys.argv])}`",
-        f"- hardware: {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used, "
-        f"load average {os.getloadavg()[0]:.1f} at the end",
-        f"- versions: Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}",
-        f"- model: channels {CHANNELS}, heads of {HEAD}, clip {'x'.join(map(str, CLIP))}, "
-        f"{TOKENS} text tokens of {CONTEXT}, fp32",
-        "",
-    ]
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"unet_cpu{torch.get_num_threads()}_{today}.md"
-    (folder / name).write_text("\n".join(head) + table, encoding="utf-8")
 
 
 if __name__ == "__main__":
