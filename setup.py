@@ -24,6 +24,7 @@ setup(
         # lvdm/engine/fragments.py knows the internals of these versions; its tests say when a new one still fits.
         "deepspeed>=0.19.8,<0.20",
         "webdataset>=1.0.2",
+        "braceexpand>=0.1.7",
         "transformers>=5.23",
         "diffusers>=0.42",
         "einops>=0.8",

@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import errno
 import hashlib
 import json
 import os
+import random
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from lvdm.errors import UserError
+from lvdm.errors import Requeue, UserError
+
+T = TypeVar("T")
+ATTEMPTS = 6
+FIRST_PAUSE = 0.2
+"""Seconds before the second attempt, doubled for each one after it and jittered by half."""
+READ_TIMEOUT = 60.0
+"""Seconds after which a read from a store counts as failed."""
+UNUSED_DAYS = 30
+"""Days after which what nobody used leaves the node's cache."""
+
+_COPY_BLOCK = 32 << 20
+_REFUSED = (PermissionError, IsADirectoryError)
+_OURS = (TypeError, ValueError, ImportError, NotImplementedError)  # a fault of a call, which no retry mends
+_ABSENT_STATUS = {404, 410}  # of the answers 400 to 499 of a web server
+_PASSING_STATUS = {408, 425, 429}
+
+
+class Missing(UserError):
+    """There is no such file or folder."""
 
 
 def locate(url: str) -> tuple[AbstractFileSystem, str]:
@@ -27,6 +50,106 @@ def locate(url: str) -> tuple[AbstractFileSystem, str]:
     except (ValueError, ImportError) as error:
         raise UserError(f"cannot open {url}: {error}") from None
     return fs, path
+
+
+def persistently(
+    url: str,
+    read: Callable[[AbstractFileSystem, str], T],
+    *,
+    patient: bool = False,
+    ours: tuple[type[Exception], ...] = _OURS,
+) -> T:
+    """What ``read`` gives for the file system of ``url`` and the path in it, in several attempts if its store fails.
+
+    Args:
+        patient: an attempt at a store may take longer than `READ_TIMEOUT`.
+        ours: errors that are faults of the call, and are raised as they are.
+    Raises:
+        Missing: there is no such file or folder.
+        UserError: it may not be read.
+        Requeue: it could not be read in `ATTEMPTS` attempts.
+    """
+    fs, path = locate(url)
+    patient = patient or isinstance(fs, LocalFileSystem)
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+        try:
+            return read(fs, path) if patient else _within(READ_TIMEOUT, lambda: read(fs, path))
+        except Exception as error:  # each store's client has error classes of its own
+            if _is_absence(error):
+                raise Missing(f"cannot read {url}: {type(error).__name__}; was it moved or deleted?") from None
+            if isinstance(error, _REFUSED) or _is_refusal(error):
+                raise UserError(f"cannot read {url}: {type(error).__name__}: {error}") from None
+            if isinstance(error, (UserError, *ours)):
+                raise
+            last = error.__cause__ if isinstance(error, FileNotFoundError) else error
+    raise Requeue(f"cannot read {url} after {ATTEMPTS} attempts: {type(last).__name__}: {last}")
+
+
+def _is_absence(error: Exception) -> bool:
+    """Whether a store says that something is not there; fsspec says so too when a web server does not answer."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        return False
+    cause = error.__cause__
+    of_the_web = isinstance(cause, TimeoutError) or type(cause).__module__.startswith("aiohttp")
+    return not of_the_web or _status(error) in _ABSENT_STATUS
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether a web server will not answer otherwise."""
+    return 400 <= _status(error) < 500 and _status(error) not in _PASSING_STATUS
+
+
+def _status(error: Exception) -> int:
+    """What a web server answered, 0 if unknown."""
+    status = getattr(error, "status", None) or getattr(error.__cause__, "status", None)
+    return status if isinstance(status, int) else 0
+
+
+def _within(seconds: float, read: Callable[[], T]) -> T:
+    """What ``read`` gives, unless it takes longer; then it is left to itself, and its thread dies with the process."""
+    answer: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(read())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return answer.result(seconds)
+    except TimeoutError:
+        raise OSError(f"no answer within {seconds:g} s") from None
+
+
+def read_file(url: str) -> bytes:
+    """All bytes of ``url`` (a path or any fsspec URL). Raises as `persistently` does."""
+    return persistently(url, lambda fs, path: bytes(fs.cat_file(path)))
+
+
+def read_range(url: str, start: int, end: int) -> bytes:
+    """Bytes ``start`` to ``end``, exclusive. Raises as `persistently` does, and `UserError` if others come."""
+    size = end - start
+
+    def read(fs: AbstractFileSystem, path: str) -> bytes:
+        data = bytes(fs.cat_file(path, start=start, end=end))
+        if len(data) > size:
+            raise UserError(f"cannot read {url}: its store does not serve ranges: of {size} bytes {len(data)} came")
+        if len(data) < size:
+            raise OSError(f"{len(data)} bytes came instead of {size}")
+        return data
+
+    return persistently(url, read)
+
+
+def file_info(url: str) -> tuple[int, str]:
+    """Bytes of a file and its `version_tag`. Raises as `persistently` does, and `UserError` if its size is not told."""
+    info = persistently(url, lambda fs, path: dict(fs.info(path)))
+    if info.get("size") is None:
+        raise UserError(f"the store does not say how many bytes {url} has")
+    return int(info["size"]), version_tag(info)
 
 
 @contextlib.contextmanager
@@ -130,20 +253,44 @@ def cache_folder(name: str) -> Path:
     return root / name
 
 
+def note_use(path: Path) -> None:
+    """Keep what is in a cache folder from `forget_unused`."""
+    with contextlib.suppress(OSError):
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+
+
+def forget_unused(folder: Path) -> None:
+    """Remove what is in a cache folder and was not used for `UNUSED_DAYS`."""
+    oldest = time.time() - 86400 * UNUSED_DAYS
+    with contextlib.suppress(OSError):
+        for path in list(folder.iterdir()):
+            with contextlib.suppress(OSError):
+                if max(path.stat().st_atime, path.stat().st_mtime) >= oldest:
+                    continue
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
+
+
 def cached_copy(url: str) -> Path:
     """A local copy of a remote file in the node's cache, fetched again when what its store tells of it changes.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        OSError: it cannot be read.
+        UserError: as `file_info` does.
+        Requeue: it cannot be read, or changes while it is.
     """
-    fs, path = locate(url)
-    info = fs.info(path)
-    name = hashlib.sha256(f"{url} {info.get('size')} {version_tag(info)}".encode()).hexdigest()[:32]
-    copy = cache_folder("files") / name
+    told = size, tag = file_info(url)
+    copy = cache_folder("files") / hashlib.sha256(f"{url} {size} {tag}".encode()).hexdigest()[:32]
     if not copy.is_file():
+        forget_unused(copy.parent)
         with atomic_file(str(copy)) as target:
-            fs.get_file(path, target)
+            with open(target, "wb") as file:
+                for start in range(0, size, _COPY_BLOCK):
+                    file.write(read_range(url, start, min(start + _COPY_BLOCK, size)))
+            if file_info(url) != told:
+                raise Requeue(f"{url} changed while it was copied")
+    note_use(copy)
     return copy
 
 

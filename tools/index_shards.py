@@ -27,11 +27,15 @@ def main() -> None:
         from lvdm.jobs.progress import progress_line
 
         exclude = read_exclusions(arguments.exclude) if arguments.exclude else {}
+        entries = left = sum(map(len, exclude.values()))
         for folder in arguments.folders:
             with progress_line(f"indexing {folder}", "shards") as progress:
                 built = build_index(folder, workers=arguments.workers, exclude=exclude, progress=progress)
             left_out = "".join(f"; {count} left out: {reason}" for reason, count in sorted(built.left_out.items()))
             print(f"{folder}: {built.samples} samples in {built.shards} shards{left_out}")
+            left -= entries - built.unmatched
+        if left > 0:
+            print(f"{left} of the {entries} entries of {arguments.exclude} are no samples of what was indexed")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,17 +50,14 @@ def main() -> None:
 
 def condition_of(text: str) -> Condition:
     """A condition such as ``duration >= 2`` or ``language in en,de``. Raises `UserError`."""
-    from lvdm.config import Condition, parse_value
+    from pydantic import ValidationError
 
-    found = re.fullmatch(r"\s*([\w.]+)\s*(==|!=|<=|>=|<(?!=)|>(?!=)|\bin\b)\s*(\S.*?)\s*", text)
-    if not found:
-        raise UserError(f"--where {text!r} is not of the form FIELD COMPARISON VALUE, such as 'duration >= 2'")
-    name, comparison, value = found.groups()
-    given = [parse_value(part.strip()) for part in (value.split(",") if comparison == "in" else [value])]
-    for one in given:
-        if not isinstance(one, bool | int | float | str) or one in (math.inf, -math.inf) or one != one:
-            raise UserError(f"--where {text!r}: {value!r} is no number, text or boolean")
-    return Condition(field=name, comparison=comparison, value=tuple(given) if comparison == "in" else given[0])
+    from lvdm.config import Condition
+
+    try:
+        return Condition.model_validate(text)
+    except ValidationError as error:
+        raise UserError(f"--where {error.errors()[0]['ctx']['error']}") from None
 
 
 def size_of(text: str, stride: int) -> ClipConfig:

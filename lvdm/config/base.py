@@ -64,9 +64,13 @@ def parse_config(schema: type[S], tree: Mapping[str, Any], source: str) -> S:
     try:
         return schema.model_validate(dict(tree))
     except ValidationError as error:
-        lines = [_describe(schema, fault) for fault in error.errors()]
-        faults = "\n".join(f"  {line}" for line in lines)
-        raise UserError(f"{source}: {len(lines)} fault{'s' * (len(lines) > 1)} in the config\n{faults}") from None
+        faults = error.errors()
+        # a list with a faulty entry is also said to be too short
+        within = {fault["loc"][:depth] for fault in faults for depth in range(len(fault["loc"]))}
+        faults = [fault for fault in faults if fault["type"] != "too_short" or fault["loc"] not in within]
+        lines = [_describe(schema, fault) for fault in faults]
+        listed = "\n".join(f"  {line}" for line in lines)
+        raise UserError(f"{source}: {len(lines)} fault{'s' * (len(lines) > 1)} in the config\n{listed}") from None
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -126,6 +130,10 @@ def _describe(schema: type[Section], fault: Any) -> str:
         case "union_tag_invalid":
             expected = fault["ctx"]["expected_tags"]
             return f"{dotted}.{_discriminator(fault)}: {fault['ctx']['tag']!r} is none of {expected}"
+        case "too_short":
+            return f"{dotted}: needs at least {fault['ctx']['min_length']} entry"
+        case "tuple_type":
+            return f"{dotted}: should be a list (got {fault['input']!r})"
         case "value_error":
             return f"{dotted}: {fault['ctx']['error']}"
         case _:
@@ -142,12 +150,16 @@ def _walk(schema: type[Section], loc: Sequence[str | int]) -> tuple[list[str], s
     sections: list[type[Section]] = [schema]
     names: set[str] = set()
     for part in loc:
+        if str(part).startswith("<"):  # the tag of a union that is told apart by type
+            continue
         tagged = [s for s in sections if len(sections) > 1 and part in _tags(s)]
         if tagged:
             sections = tagged
             continue
-        names = {name for s in sections for name in s.model_fields}
         path.append(str(part))
+        if isinstance(part, int):  # of a list of sections
+            continue
+        names = {name for s in sections for name in s.model_fields}
         fields = [s.model_fields[part].annotation for s in sections if part in s.model_fields]
         sections = [found for annotation in fields for found in _sections_in(annotation)]
     return path, names

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from lvdm.config.base import Section
 from lvdm.config.sections import AutoencoderTraining, LatentDiffusionTraining
@@ -65,15 +64,17 @@ def _table(section: type[Section], prefix: str, names: list[str]) -> Iterator[st
 
 
 def _default(field: FieldInfo) -> str:
-    if field.default is PydanticUndefined:
+    if field.is_required():
         return "required"
-    match field.default:
+    match field.get_default(call_default_factory=True):
         case None:
             return "none"
         case "":
             return "empty"
         case bool(value):
             return str(value).lower()
+        case dict(entries):
+            return f"`{entries}`" if entries else "empty"
         case tuple(values):
             return f"`{list(values)}`"
         case value:
@@ -99,6 +100,8 @@ def _type(annotation: Any) -> str:
     if origin in (tuple, list):
         inner = [_type(item) for item in arguments if item is not Ellipsis]
         return f"list of {inner[0]}" if len(inner) == 1 else f"[{', '.join(inner)}]"
+    if origin is dict:
+        return f"mapping of {_type(arguments[0])} to {_type(arguments[1])}"
     return {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}.get(
         getattr(annotation, "__name__", ""), str(annotation)
     )

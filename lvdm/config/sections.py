@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from lvdm.config.base import NonNegativeInt, PositiveInt, Section
+from lvdm.config.base import NonNegativeInt, PositiveInt, Section, parse_value
 from lvdm.config.models import ModelScopeUNetConfig, SpaceTimeUNetConfig, UNetConfig, VideoAutoencoderConfig
+from lvdm.errors import UserError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -57,7 +60,8 @@ class Bucket(Section):
     width: PositiveInt
     """Width in pixels."""
     size: PositiveInt
-    """Samples of a step of this size, in place of ``batch.size``, whose share in a micro-batch it keeps."""
+    """Samples of a step of this size, in place of ``batch.size``; a micro-batch then has size x ``batch.micro`` /
+    ``batch.size`` of them, so size must divide by ranks x accumulation."""
 
 
 class ClipConfig(Section):
@@ -99,7 +103,10 @@ class ClipConfig(Section):
 
 
 class Condition(Section):
-    """What a field of the index must say for a sample to be used; a sample that says nothing passes ``!=`` alone."""
+    """What a field of the index must say for a sample to be used; a sample that says nothing passes ``!=`` alone.
+
+    A text such as ``duration >= 2`` or ``language in en,de`` will do.
+    """
 
     field: str
     """Name of a field of the samples' ``.json``, such as ``duration``; ``tools/inspect_shards.py`` lists them."""
@@ -111,6 +118,18 @@ class Condition(Section):
     def __str__(self) -> str:
         return f"{self.field} {self.comparison} {self.value}"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, given: Any) -> Any:
+        if not isinstance(given, str):
+            return given
+        found = re.fullmatch(r"\s*([\w.]+)\s*(==|!=|<=|>=|<(?!=)|>(?!=)|\bin\b)\s*(\S.*?)\s*", given)
+        if not found:
+            raise ValueError(f"{given!r} is not of the form FIELD COMPARISON VALUE, such as 'duration >= 2'")
+        name, comparison, text = found.groups()
+        values = [_scalar(part.strip()) for part in (text.strip("[]").split(",") if comparison == "in" else [text])]
+        return {"field": name, "comparison": comparison, "value": values if comparison == "in" else values[0]}
+
     @model_validator(mode="after")
     def _fits(self) -> Condition:
         if isinstance(self.value, tuple) != (self.comparison == "in"):
@@ -118,6 +137,17 @@ class Condition(Section):
                 f"comparison {self.comparison} needs {'a list' if self.comparison == 'in' else 'one value'}"
             )
         return self
+
+
+def _scalar(text: str) -> bool | float | str:
+    """A number, text or boolean as YAML reads it. Raises `ValueError`."""
+    try:
+        value = parse_value(text)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(value, bool | int | float | str) or value in (math.inf, -math.inf) or value != value:
+        raise ValueError(f"{text!r} is no number, text or boolean")
+    return value
 
 
 class ShardSet(Section):
@@ -134,6 +164,13 @@ class ShardSet(Section):
     one of them lacks are left out."""
 
 
+# told apart by hand: pydantic would report the faults of a set once as a text that it is not
+ShardEntry = Annotated[
+    Annotated[str, Tag("<folder>")] | Annotated[ShardSet, Tag("<set>")],
+    Discriminator(lambda entry: "<folder>" if isinstance(entry, str) else "<set>"),
+]
+
+
 def _one_way_of_mixing(shards: tuple[str | ShardSet, ...]) -> tuple[str | ShardSet, ...]:
     weighted = [isinstance(entry, ShardSet) and entry.weight is not None for entry in shards]
     if any(weighted) and not all(weighted):
@@ -141,7 +178,7 @@ def _one_way_of_mixing(shards: tuple[str | ShardSet, ...]) -> tuple[str | ShardS
     return shards
 
 
-Shards = Annotated[tuple[str | ShardSet, ...], Field(min_length=1), AfterValidator(_one_way_of_mixing)]
+Shards = Annotated[tuple[ShardEntry, ...], Field(min_length=1), AfterValidator(_one_way_of_mixing)]
 
 
 def shard_sets(shards: Sequence[str | ShardSet]) -> list[ShardSet]:
@@ -165,9 +202,17 @@ class VideoSource(Section):
     """How clips are cut."""
     captions: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Where captions come from, with weights: ``txt`` is the file of that name, others are fields of the ``.json``, a
-    text or a list of them. Each time one is drawn among those a sample has. Empty: ``txt``, else ``caption``."""
+    text or a list of them. Each time one is drawn among those a sample has; a sample that has none trains without text.
+    Empty: ``txt``, else ``caption``."""
     decoder: Literal["pyav", "torchcodec"] = "pyav"
     """What decodes videos; TorchCodec needs to be installed, with FFmpeg."""
+
+    @field_validator("captions")
+    @classmethod
+    def _some_caption(cls, captions: dict[str, float]) -> dict[str, float]:
+        if captions and not any(captions.values()):
+            raise ValueError("no weight is above 0; data.text_dropout=1 trains without text")
+        return captions
 
 
 class LatentSource(Section):
@@ -203,13 +248,23 @@ class DataConfig(Section):
     text_dropout: Fraction = 0.1
     """Probability that a caption is replaced by the empty one, which classifier-free guidance needs."""
     max_bad_fraction: Fraction = 0.01
-    """Fraction of samples that may be replaced because their bytes are bad before the run stops."""
+    """Fraction of samples that may be replaced because their bytes are bad before the run stops; of the first 1,000
+    samples it is so many of a thousand."""
 
     @model_validator(mode="after")
     def _source_is_given(self) -> DataConfig:
         wanted = "latents" if self.kind == "latents" else "video"
         if getattr(self, wanted) is None:
             raise ValueError(f"kind={self.kind} needs the section data.{wanted}")
+        return self
+
+    @model_validator(mode="after")
+    def _latents_have_one_size(self) -> DataConfig:
+        if self.kind == "latents" and self.video is not None and self.video.clip.buckets:
+            raise ValueError(
+                "kind=latents reads one size, as it was encoded, so leave out data.video.clip.buckets; each size is "
+                "encoded into a folder of its own"
+            )
         return self
 
     @model_validator(mode="after")

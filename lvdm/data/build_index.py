@@ -16,9 +16,7 @@ import json
 import logging
 import multiprocessing
 import os
-import random
 import threading
-import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,15 +30,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from lvdm.data.decode import VIDEO_EXTENSIONS
-from lvdm.data.fetch import ATTEMPTS, FIRST_PAUSE
 from lvdm.data.images import IMAGE_EXTENSIONS
 from lvdm.data.index import COLUMNS, INDEX_NAME, MEMBER, META, VERSION, ShardFile, ends_of, list_shards
 from lvdm.data.tar_scan import DamagedShard, Scanned, scan_tar
-from lvdm.errors import Requeue, UserError
-from lvdm.storage import atomic_file, locate
+from lvdm.errors import UserError
+from lvdm.storage import Missing, atomic_file, locate, persistently, read_file
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +56,13 @@ _MOST_COLUMNS = 64
 _LONGEST_TEXT = 64  # characters of a metadata value that is worth a column
 _NO_COLUMN = {"key", "caption", "url", "status", "error_message"}
 _VIDEO_COLUMNS = {
-    "width": "width",
-    "height": "height",
     "nb_frames": "frames",
     "duration": "duration",
     "r_frame_rate": "fps",
 }
+_EXCLUDED = "excluded"
+_SCAN = 2  # of what a scan gives: part of the names of groups, so that those of another one are not used
+_OURS = (TypeError, ValueError, LookupError, AssertionError, AttributeError)  # what comes of faults of ours
 _NAMED = 100  # damaged shards that the log names
 
 
@@ -77,6 +76,8 @@ class Built:
     """Members and samples that are no samples of the set, by reason."""
     damaged: dict[str, str]
     """What is wrong with shards that could not be read to their ends, by name."""
+    unmatched: int = 0
+    """Entries of ``exclude`` that are no sample of the set."""
 
 
 def build_index(
@@ -89,10 +90,10 @@ def build_index(
     """Index all ``*.tar`` of a folder (any fsspec URL). Only headers and ``.json`` members are read.
 
     Samples that their ``.json`` records as failed are left out, and those of ``exclude``: keys by URL of the shard.
-    Damaged shards are named in the log and in the result.
+    Damaged shards are named in the log and in the result, which counts too what of ``exclude`` is not there.
 
     Raises:
-        UserError: no shard in the folder, all of them damaged, or a folder that cannot be written.
+        UserError: no shard in the folder, none that gives a sample and is whole, or a folder that cannot be written.
         Requeue: the store does not answer; the same call goes on where this one stopped.
     """
     folder = folder.rstrip("/")
@@ -100,12 +101,15 @@ def build_index(
     if not shards:
         raise UserError(f"{folder} holds no shards (*.tar)")
     here = locate(folder)[1]
-    excluded = {locate(url)[1].removeprefix(f"{here}/"): keys for url, keys in exclude.items()}
+    excluded: dict[str, frozenset[str]] = {}
+    for url, keys in exclude.items():
+        name = locate(url)[1].removeprefix(f"{here}/")
+        excluded[name] = excluded.get(name, frozenset()) | keys
     groups = list(_groups(shards))
     names = [f"{_name(group, excluded)}.arrow" for group in groups]
     paths = [f"{folder}/{PARTS}/{name}" for name in names]
     fs, root = locate(f"{folder}/{PARTS}")
-    there = {path.rsplit("/", 1)[-1]: path for path in fs.ls(root, detail=False)} if fs.isdir(root) else {}
+    there = _there(f"{folder}/{PARTS}")
     missing = [i for i, name in enumerate(names) if name not in there]
     done = len(shards) - sum(len(groups[i]) for i in missing)
     progress(done, len(shards))
@@ -113,6 +117,8 @@ def build_index(
         done += len(groups[i])
         progress(done, len(shards))
     built = _merge(folder, groups, paths)
+    named = sum(map(len, excluded.values()))
+    built = replace(built, unmatched=named - built.left_out.get(_EXCLUDED, 0))
     if len(groups) == 1:  # another shard would be scanned together with these
         fs.rm(root, recursive=True)
     else:
@@ -138,6 +144,15 @@ def read_exclusions(path: Path) -> dict[str, frozenset[str]]:
             raise UserError(f"{path}: line {number} is no object with shard and key") from None
         found.setdefault(shard, set()).add(key)
     return {shard: frozenset(keys) for shard, keys in found.items()}
+
+
+def _there(folder: str) -> dict[str, str]:
+    """Where the files of a folder are in its store, by name; none if there is no such folder."""
+    try:
+        paths = persistently(folder, lambda fs, root: list(fs.ls(root, detail=False)))
+    except Missing:
+        return {}
+    return {path.rsplit("/", 1)[-1]: path for path in paths}
 
 
 def _each(
@@ -197,7 +212,7 @@ def _of(group: Sequence[ShardFile], exclude: Mapping[str, frozenset[str]]) -> di
 
 def _name(group: Sequence[ShardFile], exclude: Mapping[str, frozenset[str]]) -> str:
     about = [[shard.name, shard.size, shard.tag, sorted(exclude.get(shard.name, ()))] for shard in group]
-    return hashlib.sha256(json.dumps([VERSION, about]).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps([VERSION, _SCAN, about]).encode()).hexdigest()[:32]
 
 
 @dataclass
@@ -270,38 +285,32 @@ def _scan_group(folder: str, group: Sequence[ShardFile], path: str, exclude: Map
 
 def _scan_shard(rows: _Rows, number: int, url: str, shard: ShardFile, exclude: frozenset[str]) -> str:
     """Add the rows of one shard, in several attempts if its store fails; what is wrong with it, or nothing."""
-    fs, place = locate(url)
     before = len(rows.key)
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            rows.cut(before)
-            time.sleep(FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+
+    def scan(fs: AbstractFileSystem, place: str) -> tuple[Counter[str], str]:
+        rows.cut(before)
         left_out: Counter[str] = Counter()
-        damage = ""
+        local = isinstance(fs, LocalFileSystem)
         try:
-            local = isinstance(fs, LocalFileSystem)
             how = {} if local else {"cache_type": "readahead", "block_size": _block_size(url, shard)}
             with fs.open(place, "rb", **how) as stream:
                 for sample in scan_tar(stream, url, shard.size, left_out):
-                    if str(sample.meta.get("status")).startswith("failed"):
+                    if sample.key in exclude:
+                        left_out[_EXCLUDED] += 1
+                    elif sample.failed:
                         left_out["recorded as failed"] += 1
-                    elif sample.key in exclude:
-                        left_out["excluded"] += 1
                     else:
                         rows.add(number, sample)
         except DamagedShard as error:
-            damage = str(error)
             left_out["shard damaged from some byte on"] += 1
-        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-            raise UserError(f"cannot read {url}: {type(error).__name__}; was it moved or deleted?") from None
-        except (TypeError, ValueError, LookupError, AssertionError, AttributeError):  # faults of ours
-            raise
-        except Exception as error:  # each store's client has error classes of its own
-            last = error
-            continue
-        rows.left_out.update(left_out)
-        return damage
-    raise Requeue(f"cannot read {url} after {ATTEMPTS} attempts: {type(last).__name__}: {last}")
+            return left_out, str(error)
+        except UserError as error:
+            raise UserError(f"cannot read {url}: {error}") from None
+        return left_out, ""
+
+    left_out, damage = persistently(url, scan, patient=True, ours=_OURS)
+    rows.left_out.update(left_out)
+    return damage
 
 
 def _block_size(url: str, shard: ShardFile) -> int:
@@ -360,8 +369,10 @@ def _merge(folder: str, groups: Sequence[Sequence[ShardFile]], paths: Sequence[s
         log.warning("%s", damage)
     if len(damaged) > _NAMED:
         log.warning("%d more shards of %s are damaged; the index names them", len(damaged) - _NAMED, folder)
-    if len(damaged) == len(files):
-        raise UserError(f"all {len(files)} shards of {folder} are damaged; the first: {next(iter(damaged.values()))}")
+    if len(damaged) == len(files) and not rows:
+        raise UserError(
+            f"no samples: all {len(files)} shards of {folder} are damaged; the first: {next(iter(damaged.values()))}"
+        )
     extensions = {name: number for number, (name, _) in enumerate(found.most_common(_MOST_EXTENSIONS))}
     if len(found) > len(extensions):
         rare = sum(count for name, count in found.items() if name not in extensions)
@@ -384,8 +395,7 @@ def _merge(folder: str, groups: Sequence[Sequence[ShardFile]], paths: Sequence[s
 
 
 def _read_part(path: str) -> pa.Table:
-    fs, place = locate(path)
-    return pa.ipc.open_file(pa.BufferReader(fs.cat_file(place))).read_all()
+    return pa.ipc.open_file(pa.BufferReader(read_file(path))).read_all()
 
 
 def _conform(table: pa.Table, schema: pa.Schema, first_shard: int, extensions: np.ndarray) -> pa.Table:
@@ -434,6 +444,8 @@ def _meta(sample: Scanned) -> dict[str, Any]:
         number = _number(video.get(theirs))
         if number is not None:
             found.setdefault(f"{META}{ours}", number)
+    for name, pixels in _shown(video).items():
+        found.setdefault(f"{META}{name}", pixels)
     if sample.members.keys().isdisjoint(VIDEO_EXTENSIONS):
         if sample.frames:
             found[f"{META}frames"] = sample.frames
@@ -450,6 +462,31 @@ def _first_video(meta: Mapping[str, Any]) -> Mapping[str, Any]:
     except (KeyError, TypeError, AttributeError, StopIteration):
         return {}
     return video if isinstance(video, dict) else {}
+
+
+def _shown(video: Mapping[str, Any]) -> dict[str, float]:
+    """Width and height as `lvdm.data.decode` gives frames: upright, with square pixels; ffprobe tells them as coded."""
+    sides = {name: _number(video.get(name)) for name in ("width", "height")}
+    width, height = sides["width"], sides["height"]
+    if width is None or height is None:
+        return {name: pixels for name, pixels in sides.items() if pixels is not None}
+    aspect = _number(str(video.get("sample_aspect_ratio")).replace(":", "/")) or 1.0
+    if 1 / 8 <= aspect <= 8:  # beyond, it is a mistake
+        width = float(max(round(width * aspect), 1))
+    return {"width": height, "height": width} if _turns(video) % 2 else {"width": width, "height": height}
+
+
+def _turns(video: Mapping[str, Any]) -> int:
+    """Quarter turns from a video as coded to as it is shown."""
+    found = video.get("side_data_list")
+    entries = found if isinstance(found, list) else []
+    said = [entry["rotation"] for entry in entries if isinstance(entry, dict) and "rotation" in entry]
+    tags = video.get("tags")
+    said += [tags["rotate"]] if isinstance(tags, dict) and "rotate" in tags else []
+    try:
+        return round(float(said[0]) / 90)
+    except (IndexError, TypeError, ValueError, OverflowError):
+        return 0
 
 
 def _text(text: str) -> str:

@@ -222,6 +222,8 @@ def _opened(data: bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
             stream.codec_context.thread_count = 1
             stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # whatever the frames say
             yield cast(InputContainer, container), stream
+    except MemoryError:
+        raise BadSample("not decodable: it takes more memory than there is") from None
     except (av.FFmpegError, UnicodeError, OverflowError) as error:
         raise BadSample(f"not decodable: {type(error).__name__}: {error}") from None
 

@@ -14,6 +14,7 @@ import numpy as np
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize as resized
 
+from lvdm.data.decode import MAX_FRAME_PIXELS
 from lvdm.data.fit import Resize, fit
 from lvdm.errors import BadSample, UserError
 
@@ -30,7 +31,7 @@ def decode(
     """Frames by their numbers, uint8 RGB ``[T, height, width, 3]``; ``aspect`` is that of a pixel as shown.
 
     Raises:
-        BadSample: they do not decode.
+        BadSample: they do not decode, or are larger than the limit, whatever the header said.
         UserError: TorchCodec is not installed, or finds no FFmpeg.
     """
     decoder = _decoder()
@@ -39,9 +40,13 @@ def decode(
     except (RuntimeError, ValueError, IndexError) as error:
         raise BadSample(f"not decodable: {type(error).__name__}: {str(error).strip().splitlines()[0]}") from None
     tall, wide = frames_TCHW.shape[2:]
+    if tall * wide > MAX_FRAME_PIXELS:
+        raise BadSample(f"a frame of {wide}x{tall} exceeds the limit of {MAX_FRAME_PIXELS} pixels")
     how = fit(tall, max(round(wide * aspect), 1), height, width, resize, place)
-    scaled = resized(frames_TCHW, [how.height, how.width], InterpolationMode.BILINEAR, antialias=True)
-    return np.stack([how.apply(frame) for frame in scaled.permute(0, 2, 3, 1).contiguous().numpy()])
+    size = [how.height, how.width]
+    # one by one, as before they are cut they may be large
+    scaled = (resized(frame, size, InterpolationMode.BILINEAR, antialias=True) for frame in frames_TCHW)
+    return np.stack([how.apply(frame.permute(1, 2, 0).contiguous().numpy()) for frame in scaled])
 
 
 def _decoder() -> Any:

@@ -11,33 +11,22 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import random
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
-from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from lvdm.data.index import SampleRecord
-from lvdm.errors import Requeue, UserError
-from lvdm.storage import cache_folder, locate, version_tag
+from lvdm.storage import cache_folder, locate, read_range
 
-T = TypeVar("T")
-ATTEMPTS = 6
-FIRST_PAUSE = 0.2
-"""Seconds before the second attempt, doubled for each one after it and jittered by half."""
-READ_TIMEOUT = 60.0
-"""Seconds after which a read from a store counts as failed."""
 WASTE = 0.02
 """Bytes that may be read in vain to join two reads into one, as a fraction of what is wanted."""
 
 _SIDE_BY_SIDE = 8  # reads from a store under way in one worker
-_GONE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-_OURS = (TypeError, ValueError, ImportError, NotImplementedError)  # a fault of a call, which no retry mends
+_UNIT = 1000  # of how many parts a cache is, in which what was put is counted
+_SWEEP = 50  # parts that all processes put between two sweeps
 
 
 @dataclass(frozen=True)
@@ -62,7 +51,7 @@ class RangeCache:
     def __init__(self, most_bytes: int) -> None:
         self.most_bytes = most_bytes
         self._folder = cache_folder("ranges")
-        self._unswept = 0
+        self._unnoted = most_bytes // _UNIT  # as if another process had ended before it noted what it put
 
     def get(self, span: Span) -> bytes | None:
         """The bytes, if they are here."""
@@ -75,42 +64,51 @@ class RangeCache:
         return data if len(data) == span.end - span.start else None
 
     def put(self, span: Span, data: bytes) -> None:
-        """Keep bytes; a full disk is no fault."""
+        """Keep bytes, unless another process is making room; a full disk is no fault."""
+        self._unnoted += len(data)
+        if self._unnoted >= self.most_bytes / _UNIT and not self._make_room():
+            self._unnoted -= len(data)
+            return
         path = self._path(span)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
             temporary.write_bytes(data)
             temporary.replace(path)
         except OSError:
-            temporary.unlink(missing_ok=True)
-        self._unswept += len(data)
-        if self._unswept > self.most_bytes // 20:
-            self._unswept = 0
-            self._sweep()
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def _path(self, span: Span) -> Path:
         return self._folder / hashlib.sha256(f"{span.start}-{span.end} {span.tag} {span.url}".encode()).hexdigest()[:32]
 
-    def _sweep(self) -> None:
-        """Remove what was used least recently, down to nine tenths; one process does at a time."""
-        with open(self._folder / ".lock", "w") as lock:
-            try:
+    def _make_room(self) -> bool:
+        """Note what this process puts, and sweep when all have put enough; False if another one is at it."""
+        try:
+            with open(self._folder / ".lock", "ab") as lock:  # a byte for each part that was put since the last sweep
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                return
-            with os.scandir(self._folder) as entries:
-                files = []
-                for entry in entries:
-                    with contextlib.suppress(OSError):
-                        files.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
-            total = sum(size for _, size, _ in files)
-            if total <= self.most_bytes:
-                return
-            for _, size, path in sorted(files):
-                if total <= 0.9 * self.most_bytes:
-                    break
-                if not path.endswith("/.lock"):
-                    Path(path).unlink(missing_ok=True)
+                lock.write(b"." * min(self._unnoted * _UNIT // max(self.most_bytes, 1), _UNIT))
+                if lock.tell() >= _SWEEP:
+                    self._sweep()
+                    lock.truncate(0)
+        except OSError:
+            return False
+        self._unnoted = 0
+        return True
+
+    def _sweep(self) -> None:
+        """Remove what was used least recently, down to nine tenths."""
+        files = []
+        with os.scandir(self._folder) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    files.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total <= 0.9 * self.most_bytes:
+                break
+            if not path.endswith("/.lock"):
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
                     total -= size
 
 
@@ -131,7 +129,7 @@ class Fetcher:
 
         Raises:
             UserError: a shard is not there or may not be read.
-            Requeue: it could not be read whole in `ATTEMPTS` attempts.
+            Requeue: it could not be read whole in `lvdm.storage.ATTEMPTS` attempts.
         """
         spans = [Span(record.shard, record.offset, record.offset + record.size, record.tag) for record in records]
         return [
@@ -193,60 +191,5 @@ def read_sample(record: SampleRecord) -> dict[str, bytes]:
     return Fetcher().samples([record])[0]
 
 
-def read_file(url: str) -> bytes:
-    """All bytes of ``url`` (a path or any fsspec URL). Raises as `Fetcher.samples` does."""
-    return _persistently(url, lambda fs, path: bytes(fs.cat_file(path)))
-
-
-def file_info(url: str) -> tuple[int, str]:
-    """Bytes of a file and its `Span.tag`. Raises as `Fetcher.samples` does, and `UserError` if its size is not told."""
-    info = _persistently(url, lambda fs, path: dict(fs.info(path)))
-    if info.get("size") is None:
-        raise UserError(f"the store does not say how many bytes {url} has")
-    return int(info["size"]), version_tag(info)
-
-
 def _read_span(span: Span) -> bytes:
-    size = span.end - span.start
-
-    def read(fs: AbstractFileSystem, path: str) -> bytes:
-        data = bytes(fs.cat_file(path, start=span.start, end=span.end))
-        if len(data) != size:
-            raise OSError(f"{len(data)} bytes came instead of {size}")
-        return data
-
-    return _persistently(span.url, read)
-
-
-def _persistently(url: str, read: Callable[[AbstractFileSystem, str], T]) -> T:
-    fs, path = locate(url)
-    local = isinstance(fs, LocalFileSystem)
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            time.sleep(FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
-        try:
-            return read(fs, path) if local else _within(READ_TIMEOUT, lambda: read(fs, path))
-        except _GONE as error:
-            raise UserError(f"cannot read {url}: {type(error).__name__}; was it moved or deleted?") from None
-        except _OURS:
-            raise
-        except Exception as error:  # each store's client has error classes of its own
-            last = error
-    raise Requeue(f"cannot read {url} after {ATTEMPTS} attempts: {type(last).__name__}: {last}")
-
-
-def _within(seconds: float, read: Callable[[], T]) -> T:
-    """What ``read`` gives, unless it takes longer; then it is left to itself, and its thread dies with the process."""
-    answer: concurrent.futures.Future[T] = concurrent.futures.Future()
-
-    def run() -> None:
-        try:
-            answer.set_result(read())
-        except BaseException as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        return answer.result(seconds)
-    except TimeoutError:
-        raise OSError(f"no answer within {seconds:g} s") from None
+    return read_range(span.url, span.start, span.end)

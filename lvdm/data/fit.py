@@ -7,8 +7,12 @@ from typing import Literal
 
 import numpy as np
 
+from lvdm.errors import BadSample
+
 Resize = Literal["crop", "random_crop", "squash", "pad"]
 CENTER = (0.5, 0.5)
+MAX_SCALED_PIXELS = 1 << 26
+"""Pixels of a scaled picture before it is cut: a thin one becomes long where its shorter side must fit."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ def fit(
             keeps the part at ``place``; ``squash`` ignores the aspect (LVDM's loader of videos); ``pad`` keeps all of
             it, with black bars.
         place: where a random crop lies, from 0 (top, left) to 1 (bottom, right), exclusive.
+    Raises:
+        BadSample: the picture is so thin that it would be scaled to more than `MAX_SCALED_PIXELS`.
     """
     if resize == "squash":
         return Fit(height, width, height, width, 0, 0)
@@ -58,6 +64,11 @@ def fit(
     else:
         scale = max(ratios)
         scaled = max(height, round(from_height * scale)), max(width, round(from_width * scale))
+        if scaled[0] * scaled[1] > MAX_SCALED_PIXELS:
+            raise BadSample(
+                f"a picture of {from_width}x{from_height} would be scaled to {scaled[1]}x{scaled[0]} to be cut to "
+                f"{width}x{height}, which exceeds the limit of {MAX_SCALED_PIXELS} pixels"
+            )
     spare = scaled[0] - height, scaled[1] - width
     if resize == "random_crop":
         top, left = (int((pixels + 1) * draw) for pixels, draw in zip(spare, place, strict=True))

@@ -59,6 +59,8 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
             yield ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
         raise BadSample(f"not decodable: no {', '.join(_FORMATS)}") from None
+    except MemoryError:
+        raise BadSample("not decodable: it takes more memory than there is") from None
     except _FAULTS as error:
         raise BadSample(f"not decodable: {type(error).__name__}: {error}") from None
 

@@ -33,7 +33,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from lvdm.errors import UserError
-from lvdm.storage import cached_copy, locate, version_tag
+from lvdm.storage import Missing, cached_copy, locate, persistently, version_tag
 
 INDEX_NAME = "index.arrow"
 VERSION = 3
@@ -101,6 +101,8 @@ class Part:
     rows: int
     mark: str
     """Changes with the index file: what is computed from it can be kept under this name."""
+    path: Path
+    """The local file that is mapped."""
 
     def batch_of(self, row: int) -> tuple[pa.RecordBatch, int]:
         """The batch that holds a row, and the row's place in it."""
@@ -124,6 +126,7 @@ class Index:
     def __init__(self, folders: Sequence[str], parts: Sequence[Part]) -> None:
         self.folders = tuple(folders)
         self.parts = tuple(parts)
+        self._files = [(part.path, part.mark) for part in parts]
         self._starts = [sum(part.rows for part in parts[:i]) for i in range(len(parts))]
         self._rows = sum(part.rows for part in parts)
 
@@ -190,9 +193,20 @@ class Index:
                     found.setdefault(column.name.removeprefix(META), []).append(column.type)
         return found
 
-    def __reduce__(self) -> tuple[Callable[[tuple[str, ...]], Index], tuple[tuple[str, ...]]]:
-        # a worker maps the same file again instead of receiving its rows through a pipe
-        return _open_unchecked, (self.folders,)
+    @functools.cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The index of each folder. Raises `UserError` in a worker if a file is another one than the run began with."""
+        parts = []
+        for folder, (path, mark) in zip(self.folders, self._files, strict=True):
+            part = _map(folder.rstrip("/"), path) if path.is_file() else None
+            if part is None or part.mark != mark:
+                raise UserError(f"the index of {folder} changed while the run reads it; start the run again")
+            parts.append(part)
+        return tuple(parts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a worker maps the same files again instead of receiving their rows through a pipe
+        return {name: value for name, value in vars(self).items() if name != "parts"}
 
 
 def open_index(folders: Sequence[str], check: bool = True) -> Index:
@@ -202,8 +216,9 @@ def open_index(folders: Sequence[str], check: bool = True) -> Index:
         check: whether the shards are held against the index; one rank does that for all.
     Raises:
         UserError: a folder or its index is missing or empty, or a shard is missing or not the one that was indexed.
+        Requeue: the store does not answer.
     """
-    index = _open_unchecked(tuple(folders))
+    index = Index(folders, [_open_part(folder.rstrip("/")) for folder in folders])
     if check:
         for part in index.parts:
             _check_shards(part)
@@ -213,20 +228,12 @@ def open_index(folders: Sequence[str], check: bool = True) -> Index:
 
 
 def list_shards(folder: str) -> list[ShardFile]:
-    """The ``*.tar`` of a folder in the order of their names, without their ends. Raises `UserError`."""
-    fs, root = locate(folder)
-    if isinstance(fs, LocalFileSystem):
-        try:
-            with os.scandir(root) as entries:
-                found = [
-                    ShardFile(entry.name, stat.st_size, f"mtime_ns:{stat.st_mtime_ns}")
-                    for entry in entries
-                    if entry.name.endswith(".tar") and entry.is_file() and (stat := entry.stat())
-                ]
-        except OSError:
-            raise UserError(f"no such folder: {folder}") from None
-    else:
-        found = _list_remote(fs, root, folder)
+    """The ``*.tar`` of a folder in the order of their names, without their ends. Raises `UserError` and `Requeue`."""
+    local = isinstance(locate(folder)[0], LocalFileSystem)
+    try:
+        found = persistently(folder, _list_local) if local else _list_remote(folder)
+    except Missing:
+        raise UserError(f"no such folder: {folder}") from None
     return sorted(found, key=lambda shard: shard.name)
 
 
@@ -238,35 +245,53 @@ def ends_of(path: str | Path) -> int:
         return zlib.crc32(file.read(_ENDS), zlib.crc32(start))
 
 
-def _list_remote(fs: AbstractFileSystem, root: str, folder: str) -> list[ShardFile]:
-    try:
-        entries = fs.ls(root, detail=True)
-    except FileNotFoundError:
-        raise UserError(f"no such folder: {folder}") from None
-    except OSError as error:
-        raise UserError(f"cannot list {folder}: {error}") from None
+def _list_local(_: AbstractFileSystem, root: str) -> list[ShardFile]:
+    with os.scandir(root) as entries:
+        return [
+            ShardFile(entry.name, stat.st_size, f"mtime_ns:{stat.st_mtime_ns}")
+            for entry in entries
+            if entry.name.endswith(".tar") and entry.is_file() and (stat := entry.stat())
+        ]
+
+
+def _list_remote(folder: str) -> list[ShardFile]:
     found = []
-    for entry in entries:
-        name = entry["name"].rstrip("/").rsplit("/", 1)[-1]
+    for entry in persistently(folder, lambda fs, root: list(fs.ls(root, detail=True))):
+        place = entry["name"]
+        name = place.rstrip("/").rsplit("/", 1)[-1]
         if not name.endswith(".tar") or entry.get("type") == "directory":
             continue
         if entry.get("size") is None:  # a plain web server's listing tells no sizes
-            entry = {**entry, **fs.info(entry["name"])}
+            entry = persistently(f"{folder.rstrip('/')}/{name}", functools.partial(_info, place))
+            if entry.get("size") is None:
+                raise UserError(f"the store does not say how many bytes {place} has")
         found.append(ShardFile(name, int(entry["size"]), version_tag(entry)))
     return found
 
 
-def _open_unchecked(folders: tuple[str, ...]) -> Index:
-    return Index(folders, [_open_part(folder.rstrip("/")) for folder in folders])
+def _info(place: str, fs: AbstractFileSystem, _: str) -> dict[str, Any]:
+    return dict(fs.info(place))
 
 
 def _open_part(folder: str) -> Part:
+    """The index of a folder, a remote one through a copy."""
     fs, root = locate(folder)
-    path = f"{root}/{INDEX_NAME}"
     try:
-        local = Path(path) if isinstance(fs, LocalFileSystem) else cached_copy(f"{folder}/{INDEX_NAME}")
-        stat = local.stat()
-        reader = pa.ipc.open_file(pa.memory_map(str(local)))
+        local = isinstance(fs, LocalFileSystem)
+        return _map(folder, Path(root) / INDEX_NAME if local else cached_copy(f"{folder}/{INDEX_NAME}"))
+    except (Missing, FileNotFoundError, NotADirectoryError):
+        try:
+            persistently(folder, lambda fs, path: fs.ls(path, detail=False))
+        except Missing:
+            raise UserError(f"no such folder of shards: {folder}") from None
+        raise UserError(f"{folder} has no {INDEX_NAME}; {BUILD} {folder}") from None
+
+
+def _map(folder: str, path: Path) -> Part:
+    """The index of a folder out of a local file."""
+    try:
+        stat = path.stat()
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
         about = json.loads(reader.schema.metadata[b"lvdm"])
         given = dict(zip(reader.schema.names, reader.schema.types, strict=True))
         if about["version"] != VERSION or {name: given.get(name) for name in COLUMNS} != COLUMNS:
@@ -274,10 +299,6 @@ def _open_part(folder: str) -> Part:
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         shards = [ShardFile(**shard) for shard in about["shards"]]
         extensions, left_out, damaged = list(about["extensions"]), dict(about["left_out"]), dict(about["damaged"])
-    except FileNotFoundError:
-        if not fs.exists(root):
-            raise UserError(f"no such folder of shards: {folder}") from None
-        raise UserError(f"{folder} has no {INDEX_NAME}; {BUILD} {folder}") from None
     except (pa.ArrowInvalid, KeyError, TypeError, json.JSONDecodeError):
         raise UserError(f"{folder}/{INDEX_NAME} is damaged; {BUILD} {folder}") from None
     starts, rows = [], 0
@@ -285,7 +306,7 @@ def _open_part(folder: str) -> Part:
         starts.append(rows)
         rows += batch.num_rows
     mark = f"{zlib.crc32(folder.encode()):08x}{stat.st_size:x}{stat.st_mtime_ns:x}"
-    return Part(folder, shards, extensions, left_out, damaged, batches, starts, rows, mark)
+    return Part(folder, shards, extensions, left_out, damaged, batches, starts, rows, mark, path)
 
 
 def _check_shards(part: Part) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lvdm.config import ClipConfig, Section
 from lvdm.errors import BadSample, UserError
-from lvdm.storage import atomic_file, locate
+from lvdm.storage import Missing, atomic_file, read_file
 
 INFO_NAME = "latents.json"
 UNCONDITIONAL_NAME = "unconditional.safetensors"
@@ -101,11 +101,11 @@ def write_latent_set(folder: str, info: LatentSetInfo, unconditional_LD: Tensor)
 
 
 def read_latent_set(folder: str) -> LatentSetInfo:
-    """Read ``latents.json`` of a folder of latent shards (any fsspec URL). Raises `UserError`."""
+    """Read ``latents.json`` of a folder of latent shards (any fsspec URL). Raises `UserError` and `Requeue`."""
     folder = folder.rstrip("/")
     try:
-        return LatentSetInfo.model_validate_json(_read(f"{folder}/{INFO_NAME}"))
-    except FileNotFoundError:
+        return LatentSetInfo.model_validate_json(read_file(f"{folder}/{INFO_NAME}"))
+    except Missing:
         raise UserError(f"{folder} holds no latents ({INFO_NAME} is missing); {_BUILD}") from None
     except ValidationError as error:
         fault = error.errors()[0]
@@ -114,11 +114,11 @@ def read_latent_set(folder: str) -> LatentSetInfo:
 
 
 def read_unconditional(folder: str) -> Tensor:
-    """Text states ``[L, D]`` (fp32) of the empty caption. Raises `UserError`."""
+    """Text states ``[L, D]`` (fp32) of the empty caption. Raises `UserError` and `Requeue`."""
     url = f"{folder.rstrip('/')}/{UNCONDITIONAL_NAME}"
     try:
-        return _unpack("states", _read(url), 2)
-    except FileNotFoundError:
+        return _unpack("states", read_file(url), 2)
+    except Missing:
         raise UserError(f"{url} is missing; {_BUILD}") from None
     except BadSample as error:
         raise UserError(f"{url} is damaged: {error}; {_BUILD}") from None
@@ -190,11 +190,6 @@ def _largest(tensor: Tensor) -> float:
     """Largest magnitude, NaN if there is one; one pass."""
     low, high = tensor.aminmax()
     return float(torch.maximum(low.abs(), high.abs()))
-
-
-def _read(url: str) -> bytes:
-    fs, path = locate(url)
-    return bytes(fs.cat_file(path))
 
 
 def _first_difference(a: Section, b: Section) -> str:

@@ -9,25 +9,27 @@ whose bytes are bad is replaced by one that (seed, position) determines, and the
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import errno
 import json
 import logging
 import multiprocessing
 import signal
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lvdm.config import ClipConfig, DataConfig, VideoSource
-from lvdm.data import latents, transforms
+from lvdm.data import decode, latents, transforms
 from lvdm.data.batch import LatentBatch, Replacement, VideoBatch
 from lvdm.data.fetch import Fetcher
 from lvdm.data.index import Index, SampleRecord
-from lvdm.data.order import Entry, Order, ranks_share, sample_at
+from lvdm.data.order import Entry, Order, sample_at, share
 from lvdm.data.samples import Failure, LatentSample, VideoSample, collate, load_clip
 from lvdm.data.select import select
 from lvdm.data.sources import Course, Source, open_course, open_sources
@@ -58,11 +60,11 @@ class _OrderedDataset(Dataset[S | Failure], Generic[S]):
         """The samples of a micro-batch, whose bytes are fetched together."""
         try:
             records = [self.sources[entry.source].records(bucket, entry.place) for bucket, entry in items]
-            fetched = iter(self.fetcher.samples([record for one in records for record in one]))
-            merged = [_merge([next(fetched) for _ in one]) for one in records]
+            refusals = [self.refusal(entry, found) for (_, entry), found in zip(items, records, strict=True)]
+            members = self._fetch([found for found, refusal in zip(records, refusals, strict=True) if not refusal])
             return [
-                self._sample(bucket, entry, found, members)
-                for (bucket, entry), found, members in zip(items, records, merged, strict=True)
+                self._sample(bucket, entry, found, refusal, {} if refusal else next(members))
+                for (bucket, entry), found, refusal in zip(items, records, refusals, strict=True)
             ]
         except (UserError, Requeue) as error:
             return [Failure(error)]
@@ -71,7 +73,20 @@ class _OrderedDataset(Dataset[S | Failure], Generic[S]):
     def load(self, members: dict[str, bytes], bucket: int, position: int, replaced: tuple[Replacement, ...]) -> S:
         """The sample that ``position`` makes of its members. Raises `BadSample`."""
 
-    def _sample(self, bucket: int, entry: Entry, records: list[SampleRecord], members: dict[str, bytes]) -> S:
+    def refusal(self, entry: Entry, records: list[SampleRecord]) -> str:
+        """Why a sample is bad before any of its bytes are fetched; empty if nothing is known against it."""
+        if entry.position in self.killers:
+            return "killed two workers that read it"
+        return _too_large(records)
+
+    def _fetch(self, samples: Sequence[list[SampleRecord]]) -> Iterator[dict[str, bytes]]:
+        fetched = iter(self.fetcher.samples([record for one in samples for record in one]))
+        return iter([_merge([next(fetched) for _ in one]) for one in samples])
+
+    def _sample(
+        self, bucket: int, entry: Entry, records: list[SampleRecord], refusal: str, members: dict[str, bytes]
+    ) -> S:
+        """The sample of an entry, of ``members`` if there is no ``refusal``; else, or if they are bad, a substitute."""
         source = self.sources[entry.source]
         places = len(source.selection.rows[bucket])
         replaced: tuple[Replacement, ...] = ()
@@ -79,10 +94,11 @@ class _OrderedDataset(Dataset[S | Failure], Generic[S]):
             if attempt:  # substitutes come from orders of their own, so that neighbours do not share one
                 place = sample_at(entry.position, places, self.seed + attempt, shuffle=True)
                 records = source.records(bucket, place)
-                members = _merge(self.fetcher.samples(records))
+                refusal = _too_large(records)
+                members = {} if refusal else next(self._fetch([records]))
             try:
-                if attempt == 0 and entry.position in self.killers:
-                    raise BadSample("killed two workers that read it")
+                if refusal:
+                    raise BadSample(refusal)
                 return self.load(members, bucket, entry.position, replaced)
             except BadSample as error:
                 replaced += (Replacement(entry.position, records[0].shard, records[0].key, str(error)),)
@@ -123,6 +139,34 @@ class VideoDataset(_OrderedDataset[VideoSample]):
             decoder=self.video.decoder,
             replaced=replaced,
         )
+
+
+class _ChosenRows(VideoDataset):
+    """Clips of rows of one index, without substitutes: black frames stand in for a bad one."""
+
+    def __init__(self, index: Index, video: VideoSource, *, seed: int) -> None:
+        everything = Source(index, (), select(index))
+        super().__init__([everything], video, [video.clip], Fetcher(), seed=seed, text_dropout=0.0)
+        self.long_enough = select(index, (), self.sizes).rows[0]
+
+    def refusal(self, entry: Entry, records: list[SampleRecord]) -> str:
+        """As for any set; and the index may know a video to be too short."""
+        found = bisect.bisect_left(self.long_enough, entry.place)
+        selected = found < len(self.long_enough) and self.long_enough[found] == entry.place
+        return super().refusal(entry, records) if selected else "too short"
+
+    def _sample(
+        self, bucket: int, entry: Entry, records: list[SampleRecord], refusal: str, members: dict[str, bytes]
+    ) -> VideoSample:
+        try:
+            if refusal:
+                raise BadSample(refusal)
+            return self.load(members, bucket, entry.position, ())
+        except BadSample as error:
+            size = self.sizes[bucket]
+            black_THWC = np.zeros((size.frames, size.height, size.width, 3), np.uint8)
+            bad = Replacement(entry.position, records[0].shard, records[0].key, str(error))
+            return VideoSample(entry.position, black_THWC, "", (bad,))
 
 
 class LatentDataset(_OrderedDataset[LatentSample]):
@@ -170,8 +214,9 @@ class Loader:
     @property
     def notes(self) -> list[str]:
         """What there is to say of the data."""
-        following = self.course or self._stream
-        return following.notes if following else []
+        if self.course is not None:
+            return [*self.course.contents, *self.course.notes]
+        return self._stream.notes if self._stream is not None else []
 
     def take_finished(self) -> list[tuple[int, int]]:
         """Shards of a stream that this rank finished since the last call, for `state`; JSON."""
@@ -196,11 +241,14 @@ class Loader:
             return
         done = 0
         while done < len(self):
+            death = ""
             try:
                 for batch in self._batches(range(done, len(self)), self._data):
                     yield batch
                     done += 1
-            except _WorkerDied as death:
+            except _WorkerDied as error:
+                death = str(error)  # the error itself would keep the other workers alive
+            if death:
                 log.warning("%s at micro-batch %d; going on there with new workers", death, done)
                 # those that were under way are read one at a time: should one kill again, it is known which
                 for number in range(done, min(done + self._data.workers * self._data.prefetch, len(self))):
@@ -235,7 +283,15 @@ class Loader:
             except _WorkerDied:
                 assert not isinstance(self._dataset, StreamDataset)
                 self._dataset.killers |= {entry.position}
-        return next(self._batches(range(number, number + 1), one))
+        try:
+            return next(self._batches(range(number, number + 1), one))
+        except _WorkerDied as death:
+            positions = ", ".join(str(entry.position) for _, entry in self._plan[number])
+            raise Requeue(
+                f"three loader processes died of the micro-batch with positions {positions} ({death}): its samples may "
+                f"not fit in memory together, or one that stood in for another killed too; if it happens again, set "
+                f"fewer data.workers or a smaller batch.micro"
+            ) from None
 
 
 def build_loader(
@@ -291,40 +347,46 @@ def build_loader(
 def build_validation_loader(
     data: DataConfig, shards: Sequence[str], *, seed: int, samples: int, micro: int, world: int, rank: int
 ) -> Loader:
-    """Micro-batches of the first ``samples`` of the index (fewer if it holds fewer: see ``samples`` of the result).
+    """Whole micro-batches, as many on every rank, of the first ``samples`` of those of a set that clips can be cut of.
 
     No shuffling, no text dropout, clips of the first size, from the centre. Positions count from 0, and rank takes
-    those with ``position % world == rank``. So that all ranks yield the same number of batches, positions run on to a
-    multiple of ``world`` and wrap around in the set: leave those ``>= loader.samples`` out of a mean.
+    those with ``position % world == rank``; how many there are in all is ``samples`` of the result.
 
     Raises:
-        UserError: as `build_loader`.
+        UserError: as `build_loader`, or they are too few for a micro-batch on every rank.
     """
     sizes = []
-    if data.video is not None:
+    if data.kind != "latents":
+        assert data.video is not None
         sizes = [data.video.clip.sizes[0].model_copy(update={"start": "center", "flip": 0.0})]
     sources = open_sources(shards, sizes, check=rank == 0)
+    available = min(samples, len(sources[0].selection))
+    at_once = micro * world
+    if available < at_once:
+        raise UserError(
+            f"validation has {available} samples, fewer than batch.micro x ranks = {at_once}; "
+            f"raise validation.samples or add shards"
+        )
     dataset = _dataset(data, sources, sizes, seed=seed, text_dropout=0.0)
-    held = len(sources[0].selection)
-    used = min(samples, held)
-    mine = [(0, Entry(position, 0, position % held)) for position in range(rank, -(-used // world) * world, world)]
+    used = available // at_once * at_once
+    mine = [(0, Entry(position, 0, position)) for position in range(rank, used, world)]
     return Loader(data, dataset, [mine[i : i + micro] for i in range(0, len(mine), micro)], used)
 
 
 def read_videos(data: DataConfig, index: Index, rows: Sequence[int], *, batch: int, seed: int) -> Iterator[VideoBatch]:
     """The clips of chosen ``rows`` of an index, in that order, with their captions; ``positions`` are the rows.
 
-    For jobs that go over a set once. A row that is bad has one entry in ``replaced`` and frames that stand in for it.
+    For jobs that go over a set once. A row that is bad has one entry in ``replaced`` and black frames; one that the
+    index knows to be too short is not even fetched.
     """
     assert data.video is not None
-    sources = [Source(index, (), select(index))]
-    dataset = VideoDataset(sources, data.video, data.video.clip.sizes[:1], Fetcher(), seed=seed, text_dropout=0.0)
+    assert not data.video.clip.buckets
+    dataset = _ChosenRows(index, data.video, seed=seed)
     entries = [(0, Entry(row, 0, row)) for row in rows]
     plan = [entries[i : i + batch] for i in range(0, len(entries), batch)]
     for clips in Loader(data, dataset, plan, len(rows)):
         assert isinstance(clips, VideoBatch)
-        first = {entry.position: entry for entry in reversed(clips.replaced)}  # not those of bad substitutes
-        yield replace(clips, replaced=tuple(first.values()))
+        yield clips
 
 
 class _Plan(Sequence[list[tuple[int, Entry]]]):
@@ -339,7 +401,7 @@ class _Plan(Sequence[list[tuple[int, Entry]]]):
                     f"a bucket of {size} samples is not divisible by {world} ranks x {accumulation} micro-batches = "
                     f"{world * accumulation}; change its size"
                 )
-        self._order, self._accumulation = order, accumulation
+        self._order, self._batches, self._accumulation = order, batches, accumulation
         self._world, self._rank, self._first, self._steps = world, rank, first, steps
 
     def __len__(self) -> int:
@@ -349,10 +411,10 @@ class _Plan(Sequence[list[tuple[int, Entry]]]):
         if not 0 <= i < len(self):
             raise IndexError(i)
         step, part = divmod(i, self._accumulation)
-        taken = self._order.step(self._first + step)
-        micro = len(taken.entries) // (self._world * self._accumulation)
-        mine = ranks_share(taken.entries, self._world, self._rank, micro)[part]
-        return [(taken.bucket, entry) for entry in mine]
+        size = self._batches[self._order.bucket_at(self._first + step)]
+        mine = share(size, self._world, self._rank, self._accumulation, part)
+        taken = self._order.step(self._first + step, mine)
+        return [(taken.bucket, entry) for entry in taken.entries]
 
 
 class _Part(Sequence[Any]):
@@ -382,13 +444,27 @@ def _read(loader: DataLoader[Any]) -> Iterator[Any]:
         except StopIteration:
             return
         except (RuntimeError, OSError, EOFError) as error:
-            # torch has no class for it; a worker that dies while its batch is handed over breaks the connection
-            if isinstance(error, RuntimeError) and not str(error).startswith(_TOLD_OF_DEATH):
-                raise
-            raise _WorkerDied(str(error).splitlines()[0]) from None
+            if loader.num_workers and _tells_of_death(error):
+                raise _WorkerDied((str(error) or type(error).__name__).splitlines()[0]) from None
+            if isinstance(error, OSError):  # of a worker, then its last line says what it was
+                reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+                raise Requeue(f"reading samples failed: {reason}") from error
+            raise
         if isinstance(batch, Failure):
             raise batch.error
         yield batch
+
+
+def _tells_of_death(error: Exception) -> bool:
+    """Whether what waiting for a batch raised means that a worker is dead; torch has no class for it."""
+    if str(error).startswith("Caught "):  # a living worker's own
+        return False
+    if isinstance(error, RuntimeError):
+        return str(error).startswith(_TOLD_OF_DEATH)
+    # one that dies while its batch is handed over breaks the connection, or leaves files that cannot be opened
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+        return error.errno in (None, errno.ENOENT, errno.EBADF)
+    return True
 
 
 class _StreamPositions(Sequence[list[int]]):
@@ -406,6 +482,12 @@ class _StreamPositions(Sequence[list[int]]):
             raise IndexError(i)
         start = self._start + i * self._micro * self._world + self._rank
         return list(range(start, start + self._micro * self._world, self._world))
+
+
+def _too_large(records: Sequence[SampleRecord]) -> str:
+    """Why a sample is too large to be read; empty if it is not."""
+    size = sum(record.size for record in records)
+    return f"{size} bytes exceed the limit of {decode.MAX_BYTES}" if size > decode.MAX_BYTES else ""
 
 
 def _merge(members: Sequence[dict[str, bytes]]) -> dict[str, bytes]:

@@ -13,7 +13,8 @@ a batch is carried into the next epoch. The steps of an epoch, permuted, stand f
 **Permutations** are Feistel networks over pairs ``(left, right)`` with ``left * right_size + right`` just above N; a
 value that lands at N or above is sent through again (cycle walking), which keeps it a permutation of 0..N-1.
 
-Rank r of W takes the samples whose position q has ``q % W == r``: the same samples whatever W is.
+Ranks take consecutive parts of a step, so that neighbours in a shard can be read together; the step has the same
+samples however many ranks there are.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ class Order:
         weights: Sequence[float] | None = None,
         shuffle: bool = True,
         contiguous: int = 1,
+        keys: Sequence[int] | None = None,
         era: Era | None = None,
     ) -> None:
         """
@@ -90,6 +92,8 @@ class Order:
             weights: shares of the samples that the sources give, in any unit; by default their sizes, as one set.
             shuffle: off takes streams, and buckets within an epoch, in their own order.
             contiguous: neighbouring samples that a permutation keeps together, for stores that hate random reads.
+            keys: of weighted sources, 32-bit numbers that tell their permutations apart wherever they stand in the
+                list; by default their places in it.
             era: where this order begins.
         """
         assert sizes
@@ -98,6 +102,7 @@ class Order:
         self._sizes = [list(row) for row in sizes]
         self._batches = list(batches)
         self._seed, self._shuffle, self._contiguous = seed, shuffle, contiguous
+        self._keys = list(range(len(sizes)) if keys is None or weights is None else keys)
         self.era = era or Era()
         self._mixed = weights is not None
         totals = [sum(row) for row in sizes]
@@ -107,12 +112,13 @@ class Order:
             self._quotas: list[list[int]] = []
         else:
             self._streams = self._sizes
+            largest = max(weight * (size > 0) for weight, size in zip(weights, totals, strict=True))
+            if not largest:
+                raise UserError("no source that has samples has a weight above 0")
             wanted = [
-                Fraction(weight).limit_denominator(10**6) * (size > 0)
+                Fraction(weight / largest).limit_denominator(10**6) * (size > 0)
                 for weight, size in zip(weights, totals, strict=True)
             ]
-            if not any(wanted):
-                raise UserError("no source that has samples has a weight above 0")
             given = [
                 [weight * row[bucket] / max(total, 1) for weight, row, total in zip(wanted, sizes, totals, strict=True)]
                 for bucket in range(len(batches))
@@ -124,14 +130,18 @@ class Order:
             raise UserError("there are no samples to take")
         self._stride = max(batch for batch, share in zip(batches, self._shares, strict=True) if share)
 
-    def step(self, step: int) -> Step:
-        """What a step of the run takes."""
+    def bucket_at(self, step: int) -> int:
+        """The bucket of which a step of the run takes a batch."""
         assert step >= self.era.step
-        _, bucket, number = self._batch_of(step - self.era.step)
-        batch = self._batches[bucket]
-        first = self.position_at(step)
-        entries = (Entry(first + i, *self._sample(bucket, number * batch + i)) for i in range(batch))
-        return Step(bucket, tuple(entries))
+        return self._batch_of(step - self.era.step)[1]
+
+    def step(self, step: int, numbers: range | None = None) -> Step:
+        """What a step of the run takes, or the ``numbers`` of it, counted from 0."""
+        assert step >= self.era.step
+        _, bucket, batch = self._batch_of(step - self.era.step)
+        size, first = self._batches[bucket], self.position_at(step)
+        numbers = range(size) if numbers is None else numbers
+        return Step(bucket, tuple(Entry(first + i, *self._sample(bucket, batch * size + i)) for i in numbers))
 
     def position_at(self, step: int) -> int:
         """Position of the first sample of a step."""
@@ -142,10 +152,10 @@ class Order:
         return self._epoch_of(step - self.era.step)
 
     def next_era(self, step: int) -> Era:
-        """The era that begins at ``step`` with other sources, weights or batch sizes, in the terms of this one.
+        """The era that begins at ``step`` with other weights or batch sizes, in the terms of this one.
 
         Each stream goes on behind what it gave. With several buckets the batches of the epoch under way are permuted,
-        so it goes on behind that epoch; `unseen` says how many samples that passes over.
+        so it goes on behind that epoch, and the `steps_left` of it are passed over.
         """
         taken = tuple(
             tuple(
@@ -156,16 +166,13 @@ class Order:
         )
         return Era(step, self.position_at(step), taken)
 
-    def unseen(self, step: int) -> int:
-        """Samples that an era beginning at ``step`` passes over."""
+    def steps_left(self, step: int) -> int:
+        """Steps of the epoch under way that an era beginning at ``step`` passes over."""
         past = step - self.era.step
-        promised = sum(self._batches_until(step, b) * size for b, size in enumerate(self._batches))
-        taken = sum(self._batches[self._batch_of(s)[1]] for s in range(self._first_step(self._epoch_of(past)), past))
-        before = sum(
-            math.floor(self._epoch_of(past) * share / size) * size
-            for share, size in zip(self._shares, self._batches, strict=True)
-        )
-        return promised - before - taken
+        epoch = self._epoch_of(past)
+        if self._only_bucket() is not None or past == self._first_step(epoch):
+            return 0
+        return self._first_step(epoch + 1) - past
 
     def _batches_until(self, step: int, bucket: int) -> int:
         """Batches of a bucket up to where a new era at ``step`` lets it go on."""
@@ -236,7 +243,7 @@ class Order:
 
     def _shuffled(self, number: int, size: int, bucket: int, stream: int) -> int:
         """The sample at a place of endless epochs over ``size`` samples."""
-        own = (bucket << 32) | stream
+        own = (bucket << 32) | self._keys[stream]
         seed = _mix(_mix(self._seed & _MASK64) ^ own) if own else self._seed
         return sample_at(number, size, seed, self._shuffle, self._contiguous)
 
@@ -262,20 +269,12 @@ def sample_at(position: int, size: int, seed: int, shuffle: bool, contiguous: in
     return (place + _mix(key)) % size
 
 
-def ranks_share(entries: Sequence[Entry], world: int, rank: int, micro: int) -> list[list[Entry]]:
-    """The entries of a step that ``rank`` of ``world`` takes, one inner list a micro-batch.
-
-    Raises:
-        UserError: if their number is not a multiple of ``world * micro``.
-    """
-    if len(entries) % (world * micro):
-        raise UserError(
-            f"batch.size {len(entries)} is not divisible by {world} ranks x batch.micro {micro} = {world * micro}; "
-            f"change one"
-        )
-    assert 0 <= rank < world
-    mine = [entry for entry in entries if entry.position % world == rank]
-    return [mine[i : i + micro] for i in range(0, len(mine), micro)]
+def share(size: int, world: int, rank: int, accumulation: int, part: int) -> range:
+    """Which of the ``size`` samples of a step ``rank`` of ``world`` takes in ``part`` of its micro-batches."""
+    micro, rest = divmod(size, world * accumulation)
+    assert not rest
+    first = (rank * accumulation + part) * micro
+    return range(first, first + micro)
 
 
 def permute(value: int, size: int, key: int) -> int:
@@ -308,15 +307,19 @@ def _mix_block(
 
 
 def _in_whole(shares: Sequence[Fraction], total: int) -> list[int]:
-    """Whole numbers that add up to ``total``, as near to ``shares`` as can be (largest remainders); no share, none."""
+    """Whole numbers that add up to ``total``, as near to ``shares`` as can be, but at least 1 for any share above 0."""
     whole = sum(shares, Fraction())
     if not whole:
         return [0] * len(shares)
     exact = [share * total / whole for share in shares]
-    rounded = [math.floor(value) for value in exact]
+    rounded = [max(math.floor(value), 1) if value else 0 for value in exact]
+    if sum(rounded) > total:
+        rounded[rounded.index(max(rounded))] -= sum(rounded) - total
+    # largest remainders first
     by_remainder = sorted(range(len(exact)), key=lambda i: (rounded[i] - exact[i], i))
     for i in by_remainder[: total - sum(rounded)]:
         rounded[i] += 1
+    assert min(rounded) >= 0, f"more than {total} sources"
     return rounded
 
 

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from lvdm.config import ClipConfig, Condition
 from lvdm.data.index import META, Index
 from lvdm.errors import UserError
-from lvdm.storage import atomic_file, cache_folder, read_json, write_json
+from lvdm.storage import atomic_file, cache_folder, forget_unused, note_use, read_json, write_json
 
 _COMPARE = {
     "==": pc.equal,
@@ -31,7 +31,9 @@ _COMPARE = {
 
 
 _ABOUT_SIZE = ("width", "height", "frames", "fps")
-_VERSION = 1  # of how rows are chosen: part of the name under which an answer is kept
+_VERSION = 2  # of how rows are chosen: part of the name under which an answer is kept
+_ANSWER = "answer.json"
+"""What each condition removed, and of which sizes of clip all rows are."""
 
 
 class MappedRows(Sequence[int]):
@@ -92,26 +94,41 @@ def select(
     paths = [folder / f"rows-{number}.npy" for number in range(max(len(sizes), 1))]
     joins = [folder / f"joined-{number}.npy" for number in range(len(join))]
     with _one_at_a_time(folder):  # a node's ranks all ask
-        if not (folder / "removed.json").is_file():  # written last
+        kept = _kept(folder, paths, joins)
+        if kept is None:
+            forget_unused(folder.parent)
             matches = [_join(index, side) for side in join]
             rows, removed = _select(index, where, sizes, join, matches, fields)
+            kept = {"removed": removed, "all": [number for number, some in enumerate(rows) if len(some) == len(index)]}
             for path, array in zip([*paths, *joins], [*rows, *matches], strict=True):
-                if len(array) == len(index) and path in paths:
-                    continue  # all rows
+                if path in paths and len(array) == len(index):
+                    continue
                 with atomic_file(str(path)) as target:
                     np.save(target, array)
-            write_json(folder / "removed.json", removed)
-    return Selection(
-        tuple(MappedRows(path) if path.is_file() else range(len(index)) for path in paths),
-        tuple(MappedRows(path) for path in joins),
-        read_json(folder / "removed.json"),
-    )
+            write_json(folder / _ANSWER, kept)  # last
+        return Selection(
+            tuple(
+                range(len(index)) if number in kept["all"] else MappedRows(path) for number, path in enumerate(paths)
+            ),
+            tuple(MappedRows(path) for path in joins),
+            kept["removed"],
+        )
+
+
+def _kept(folder: Path, rows: Sequence[Path], joins: Sequence[Path]) -> dict[str, Any] | None:
+    """The answer that is kept in a folder, if none of its files was removed by whoever cleans there."""
+    if not (folder / _ANSWER).is_file():
+        return None
+    kept = read_json(folder / _ANSWER)
+    needed = [path for number, path in enumerate(rows) if number not in kept["all"]]
+    return kept if all(path.is_file() for path in (*needed, *joins)) else None
 
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
     """Other processes of this node wait at the same folder."""
     folder.mkdir(exist_ok=True)
+    note_use(folder)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -119,16 +136,17 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
 
 def _fields(where: Sequence[Condition], sizes: Sequence[ClipConfig], indexes: Sequence[Index]) -> dict[str, int]:
     """The fields that decide, each with the number of the index that has it. Raises `UserError` if none has."""
+    fields = {condition.field: _owner(condition.field, indexes, where) for condition in where}
     types = [index.types() for index in indexes]
-    wanted = {condition.field for condition in where}
-    if len(sizes) > 1:
-        wanted |= {"width", "height", "frames"}
-    known = set().union(*types)
-    if sizes:
-        wanted |= known & {"frames"}
-    if any(size.fps for size in sizes):
-        wanted |= known & {"fps"}
-    return {field: _owner(field, indexes, where) for field in sorted(wanted)}
+    about_size = {"frames"} if sizes else set()
+    about_size |= {"fps"} if any(size.fps for size in sizes) else set()
+    for field in about_size:
+        owner = next((number for number, known in enumerate(types) if field in known), None)
+        fields |= {} if owner is None else {field: owner}
+    if len(sizes) > 1:  # a field that nobody has is unknown of all
+        for field in ("width", "height", "frames"):
+            fields.setdefault(field, next((number for number, known in enumerate(types) if field in known), 0))
+    return dict(sorted(fields.items()))
 
 
 def _select(
@@ -235,7 +253,10 @@ def _long_enough(size: ClipConfig, rows: int, known: dict[str, np.ndarray]) -> n
     """Which videos may have the frames that a clip takes; only decoding tells of those whose length is unknown."""
     unknown = np.full(rows, np.nan)
     frames = known.get("frames", unknown)
-    step = known.get("fps", unknown) / size.fps if size.fps else np.float64(size.stride)
+    step: np.ndarray = np.full(rows, float(size.stride))
+    if size.fps:
+        fps = known.get("fps", unknown)
+        step = np.where(np.isnan(fps), 1.0, fps / size.fps)
     # the instants of a clip may be half a frame off
     needed = np.maximum(np.round((size.frames - 1) * step), size.min_frames - 1) + 1
     enough: np.ndarray = ~(frames < needed)

@@ -8,6 +8,7 @@ the config says now, a new era of the order begins at the step, and the notes sa
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from lvdm.data.index import Index, SampleRecord, open_index
 from lvdm.data.order import Era, Order
 from lvdm.data.select import Selection, select
 from lvdm.errors import UserError
+from lvdm.randomness import seed_from_text
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,10 @@ class Course:
     order: Order
     state: dict[str, Any]
     """What a later start needs to go on; JSON."""
+    contents: list[str]
+    """What each set gives."""
     notes: list[str]
-    """What there is to say of it."""
+    """What is left out of the sets, and what changed since the run began."""
 
 
 def open_sources(shards: Sequence[str | ShardSet], sizes: Sequence[ClipConfig], check: bool = True) -> list[Source]:
@@ -93,16 +97,15 @@ def open_course(
     buckets = data.video.clip.buckets if data.kind == "video" and data.video is not None else ()
     weights = [one.weight for one in sets]
     mixing: dict[str, Any] = {
-        "names": [_name(one) for one in sets],
-        "sizes": [[len(rows) for rows in source.selection.rows] for source in sources],
+        "sets": _identified(sets, sources),
         "batches": [bucket.size for bucket in buckets] or [batch],
         "weights": None if None in weights else weights,
         "shuffle": data.shuffle,
         "contiguous": data.contiguous,
     }
     notes = [
-        f"{name}: {count} samples left out: {reason}"
-        for name, source in zip(mixing["names"], sources, strict=True)
+        f"{known['name']}: {count} samples left out: {reason}"
+        for known, source in zip(mixing["sets"], sources, strict=True)
         for reason, count in source.selection.removed.items()
         if count
     ]
@@ -110,29 +113,58 @@ def open_course(
     if state:
         before = {name: state[name] for name in mixing}
         era = _era(state["era"])
-        if before != mixing:
-            era, passed_over = _next_era(before, mixing, era, seed, step)
-            changed = [name for name in mixing if before[name] != mixing[name]]
-            notes.append(
-                f"the mixing of the data changed ({', '.join(changed)}): from step {step} on it is new, each set that "
-                f"stayed goes on behind what it gave; {passed_over} samples of this epoch are passed over"
-            )
+        if _content(before) != _content(mixing):
+            era, changes = _next_era(before, mixing, era, seed, step)
+            notes += changes
     order = _order(mixing, seed, era)
-    return Course(sources, order, {**mixing, "era": asdict(era)}, notes)
+    return Course(sources, order, {**mixing, "era": asdict(era)}, _contents(mixing, sizes), notes)
 
 
-def _name(one: ShardSet) -> str:
-    return ", ".join(one.folders)
+def _contents(mixing: Mapping[str, Any], sizes: Sequence[ClipConfig]) -> list[str]:
+    lines = []
+    for number, known in enumerate(mixing["sets"]):
+        line = f"reading {known['name']}: {sum(known['sizes'])} samples"
+        if len(known["sizes"]) > 1:
+            shares = zip(known["sizes"], sizes, mixing["batches"], strict=True)
+            line += "".join(f", {n} as {c.frames}x{c.height}x{c.width} in steps of {b}" for n, c, b in shares)
+        lines.append(line + (f", weight {mixing['weights'][number]:g}" if mixing["weights"] else ""))
+    return lines
+
+
+def _identified(sets: Sequence[ShardSet], sources: Sequence[Source]) -> list[dict[str, Any]]:
+    """What is remembered of each set: its name, its samples by bucket, and a number that is the same for as long as its
+    samples are, wherever they lie."""
+    found: list[dict[str, Any]] = []
+    for one, source in zip(sets, sources, strict=True):
+        shards = [
+            [part.rows, part.left_out, [(shard.name, shard.size) for shard in part.shards]]
+            for index in (source.index, *source.joined)
+            for part in index.parts
+        ]
+        rows = [len(chosen) for chosen in source.selection.rows]
+        samples = seed_from_text(
+            json.dumps([shards, [str(condition) for condition in one.where], rows], sort_keys=True)
+        )
+        while any(samples == other["samples"] for other in found):  # the same set twice
+            samples = seed_from_text(str(samples))
+        found.append({"name": ", ".join(one.folders), "sizes": rows, "samples": samples})
+    return found
+
+
+def _content(mixing: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the order; where the sets lie does not."""
+    return {**mixing, "sets": [(known["sizes"], known["samples"]) for known in mixing["sets"]]}
 
 
 def _order(mixing: Mapping[str, Any], seed: int, era: Era) -> Order:
     return Order(
-        mixing["sizes"],
+        [known["sizes"] for known in mixing["sets"]],
         mixing["batches"],
         seed=seed,
         weights=mixing["weights"],
         shuffle=mixing["shuffle"],
         contiguous=mixing["contiguous"],
+        keys=[known["samples"] for known in mixing["sets"]],
         era=era,
     )
 
@@ -141,22 +173,59 @@ def _era(tree: Mapping[str, Any]) -> Era:
     return Era(tree["step"], tree["position"], tuple(tuple(row) for row in tree["taken"]))
 
 
-def _next_era(before: Mapping[str, Any], after: Mapping[str, Any], era: Era, seed: int, step: int) -> tuple[Era, int]:
-    """The era that begins at ``step``, and how many samples of the old one it passes over.
+@dataclass(frozen=True)
+class _Stream:
+    """Samples that are gone through together: a weighted set, or all sets without weights."""
 
-    What was taken is carried over by the names of the sets where the buckets are as many as before; new sets start
-    from their beginning.
+    name: str
+    sizes: tuple[int, ...]
+    """Samples by bucket."""
+    order: tuple[Any, ...]
+    """The same for as long as the order of its samples is."""
+
+
+def _streams(mixing: Mapping[str, Any]) -> list[_Stream]:
+    sets, how = mixing["sets"], (mixing["shuffle"], mixing["contiguous"])
+    groups = [sets] if mixing["weights"] is None else [[known] for known in sets]
+    weighted = mixing["weights"] is not None
+    return [
+        _Stream(
+            ", ".join(known["name"] for known in group),
+            tuple(sum(column) for column in zip(*(known["sizes"] for known in group), strict=True)),
+            (weighted, *how, *(known["samples"] for known in group)),
+        )
+        for group in groups
+    ]
+
+
+def _next_era(
+    before: Mapping[str, Any], after: Mapping[str, Any], era: Era, seed: int, step: int
+) -> tuple[Era, list[str]]:
+    """The era that begins at ``step``, and what to say of it.
+
+    A stream of the same samples in the same order goes on behind what it gave; one that changed begins another epoch,
+    so that from there on each of its samples comes once an epoch again.
     """
     old = _order(before, seed, era)
     ended = old.next_era(step)
-    mixed = [mixing["weights"] is not None for mixing in (before, after)]
-    buckets = len(after["batches"])
-    nothing = (0,) * buckets
-    if len(before["batches"]) != buckets or mixed[0] != mixed[1]:
-        taken: tuple[tuple[int, ...], ...] = ()
-    elif mixed[0]:
-        by_name = dict(zip(before["names"], ended.taken, strict=True))
-        taken = tuple(by_name.get(name, nothing) for name in after["names"])
-    else:
-        taken = ended.taken
-    return Era(step, ended.position, taken), old.unseen(step)
+    known = list(zip(_streams(before), ended.taken, strict=True))
+    taken, said = [], []
+    for stream in _streams(after):
+        same = next((given for other, given in known if other.order == stream.order), None)
+        changed = next((pair for pair in known if pair[0].name == stream.name), None)
+        if same is not None:
+            taken.append(same)
+            said.append(f"{stream.name} goes on behind what it gave")
+        elif changed is not None:
+            epochs = [-(-given // max(size, 1)) for given, size in zip(changed[1], changed[0].sizes, strict=True)]
+            taken.append(tuple(number * size for number, size in zip(epochs, stream.sizes, strict=True)))
+            unseen = sum(e * size - g for e, size, g in zip(epochs, changed[0].sizes, changed[1], strict=True))
+            said.append(f"{stream.name} changed and begins another epoch, {unseen} samples of the last one unseen")
+        else:
+            taken.append((0,) * len(stream.sizes))
+            said.append(f"{stream.name} begins")
+    if passed := old.steps_left(step):
+        said.append(f"the {passed} steps left of the epoch of all buckets are passed over")
+    what = ", ".join(name for name in after if before[name] != after[name])
+    note = f"the mixing of the data changed ({what}) and is new from step {step} on: {'; '.join(said)}"
+    return Era(step, ended.position, tuple(taken)), [note]

@@ -26,20 +26,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO, cast
 
+import braceexpand
 import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
-from webdataset.shardlists import expand_urls
 
 from lvdm.config import DataConfig, VideoSource, shard_sets
 from lvdm.data.batch import LatentBatch, Replacement, VideoBatch
 from lvdm.data.decode import MAX_BYTES
-from lvdm.data.fetch import Fetcher, Span, file_info
+from lvdm.data.fetch import Fetcher, Span
 from lvdm.data.order import Order, sample_at
 from lvdm.data.samples import Failure, VideoSample, collate, load_clip
 from lvdm.data.tar_scan import DamagedShard, scan_tar
 from lvdm.errors import BadSample, Requeue, UserError
 from lvdm.randomness import seed_from_text
-from lvdm.storage import locate
+from lvdm.storage import Missing, file_info, persistently
 
 log = logging.getLogger(__name__)
 
@@ -311,6 +311,10 @@ class Feed(Iterator[StreamSample]):
                 if found.offset < window.start:
                     self._faults.append((url, found.key, f"more than {MAX_BYTES} bytes"))
                     continue
+                if found.failed:
+                    left_out["recorded as failed"] += 1
+                    window.let_go(found.offset + found.size)
+                    continue
                 members = {name: window.read_at(offset, size) for name, (offset, size) in found.members.items()}
                 window.let_go(found.offset + found.size)
                 yield found.key, members
@@ -399,16 +403,18 @@ def list_shards(folders: Sequence[str]) -> list[str]:
 
     Raises:
         UserError: a folder is missing or holds no shard.
+        Requeue: its store does not answer.
     """
     urls: list[str] = []
     for folder in folders:
         if folder.endswith(".tar"):
-            urls += expand_urls(folder)
+            urls += braceexpand.braceexpand(folder)
             continue
-        fs, root = locate(folder)
-        if not fs.isdir(root):
-            raise UserError(f"no such folder of shards: {folder}")
-        names = sorted(path.rsplit("/", 1)[-1] for path in fs.ls(root, detail=False) if path.endswith(".tar"))
+        try:
+            paths = persistently(folder, lambda fs, root: list(fs.ls(root, detail=False)))
+        except Missing:
+            raise UserError(f"no such folder of shards: {folder}") from None
+        names = sorted(path.rsplit("/", 1)[-1] for path in paths if path.endswith(".tar"))
         if not names:
             raise UserError(f"{folder} holds no shards (*.tar)")
         urls += [f"{folder.rstrip('/')}/{name}" for name in names]

@@ -51,6 +51,11 @@ class Scanned:
     meta: dict[str, Any] = field(default_factory=dict)
     """What its ``.json`` holds, if that is an object."""
 
+    @property
+    def failed(self) -> bool:
+        """Whether its ``.json`` records that it could not be made, as video2dataset's does: it is no sample then."""
+        return str(self.meta.get("status")).startswith("failed")
+
 
 class _Member(NamedTuple):
     name: str
@@ -73,6 +78,7 @@ def scan_tar(stream: BinaryIO, url: str, length: int, left_out: Counter[str]) ->
         left_out: counts, by reason, members and samples that are none.
     Raises:
         DamagedShard: what follows cannot be read; the sample that the damage may have cut is left out.
+        UserError: the store serves no ranges.
         OSError: the stream does not give what it should.
     """
     current: Scanned | None = None
@@ -81,6 +87,8 @@ def scan_tar(stream: BinaryIO, url: str, length: int, left_out: Counter[str]) ->
     while True:
         try:
             member = next(members, None)
+        except UserError:  # of the store, and no damage
+            raise
         except ValueError as error:
             if current is not None:
                 left_out["sample next to the damage of its shard"] += 1
@@ -170,8 +178,13 @@ def _members(stream: BinaryIO, length: int) -> Iterator[_Member]:
 def _read(stream: BinaryIO, at: int, size: int, length: int) -> bytes:
     """Bytes of the shard, fewer where it ends."""
     size = max(min(size, length - at), 0)
-    stream.seek(min(at, length))
-    data = stream.read(size)
+    try:
+        stream.seek(min(at, length))
+        data = stream.read(size)
+    except UserError:
+        raise
+    except ValueError as error:  # as fsspec says it of a web server
+        raise UserError(f"the store does not serve ranges: {error}") from None
     if len(data) != size:
         raise OSError(f"{len(data)} bytes came instead of {size}")
     return data
@@ -259,9 +272,9 @@ def _too_much(sample: Scanned, extension: str) -> str:
 def _json_object(stream: BinaryIO, member: _Member, left_out: Counter[str]) -> dict[str, Any]:
     """What a ``.json`` member holds; nothing if it is no object or too long, which is counted."""
     if member.size <= _JSON_LIMIT:
-        stream.seek(member.offset)
+        data = _read(stream, member.offset, member.size, member.offset + member.size)
         try:
-            value = json.loads(stream.read(member.size))
+            value = json.loads(data)
         except (ValueError, RecursionError):
             value = None
         if isinstance(value, dict):

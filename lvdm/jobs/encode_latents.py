@@ -73,9 +73,15 @@ def encode_folder(
         batch: clips encoded at once.
         stored: ``fp32`` or ``bf16``, the type of the moments and text states on disk.
     Raises:
-        UserError: the source cannot be read, or the target holds latents of other settings.
+        UserError: the source cannot be read, the config has clips of several sizes, or the target holds latents of
+            other settings.
     """
     assert config.data.video is not None
+    if config.data.video.clip.buckets:
+        raise UserError(
+            "data.video.clip.buckets: latents of a folder have one size; set data.video.clip.frames, height and width "
+            "instead, and encode each size into a folder of its own"
+        )
     index = open_index([source])
     vae = load_vae(config.vae, device, dtype, scaling=(1.0, 0.0))
     text = load_text_encoder(config.text, device, dtype) if config.text else NoText()

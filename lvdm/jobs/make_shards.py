@@ -11,7 +11,7 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,20 +24,22 @@ from lvdm import synthetic
 from lvdm.data.build_index import build_index
 from lvdm.data.decode import VIDEO_EXTENSIONS, VideoInfo, decode_frames, iterate_frames, probe
 from lvdm.data.encode import encode_mp4
-from lvdm.data.fetch import read_file
 from lvdm.data.images import IMAGE_EXTENSIONS
 from lvdm.data.index import INDEX_NAME
 from lvdm.data.writer import ShardSample, sample_key, write_shard
 from lvdm.errors import BadSample, Requeue, UserError
 from lvdm.jobs.progress import Report, silent
 from lvdm.randomness import Purpose, generator
-from lvdm.storage import locate
+from lvdm.storage import locate, read_file
 
 TRAIN, HELD_OUT = "train", "held_out"
 """Folders of the two parts of the moving shapes."""
 
 _VIDEO_COLUMNS = ("path", "url", "video")
 _CAPTION_COLUMNS = ("caption", "text")
+
+
+_NUMBER = re.compile(r"[-+]?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+")  # 007 is a name
 
 
 @dataclass(frozen=True)
@@ -384,12 +386,30 @@ def _extension(location: str) -> str:
     return suffix if suffix in VIDEO_EXTENSIONS else "mp4"
 
 
+def _typed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows whose columns of numbers or of booleans are such, as conditions want them; an empty cell is None there."""
+    kinds: dict[str, Callable[[str], Any]] = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        texts = {str(row.get(name) or "").strip() for row in rows} - {""}
+        if texts and all(_NUMBER.fullmatch(text) for text in texts):
+            kinds[name] = float
+        elif texts and texts <= {"True", "False", "true", "false"}:
+            kinds[name] = lambda text: text.lower() == "true"
+    return [
+        {
+            name: (kinds[name](value) if str(value or "").strip() else None) if name in kinds else value
+            for name, value in row.items()
+        }
+        for row in rows
+    ]
+
+
 def _read_rows(path: str) -> list[dict[str, Any]]:
     try:
         match Path(path).suffix.lower():
             case ".csv":
                 with open(path, newline="", encoding="utf-8-sig") as stream:
-                    return list(csv.DictReader(stream))
+                    return _typed(list(csv.DictReader(stream)))
             case ".jsonl" | ".ndjson":
                 with open(path, encoding="utf-8-sig") as stream:
                     rows = [json.loads(line) for line in stream if line.strip()]

@@ -93,7 +93,11 @@ class LatentDiffusionTask:
         """Mean loss of a micro-batch, and what to report of it."""
         encoded = self._encode(batch, self.config.run.seed)
         t_B = draw_timesteps(self.config.run.seed, batch.positions, self.config.diffusion).to(self.device)
-        return self._loss_at(network, encoded, batch.positions, t_B, self.config.run.seed)
+        loss, report = self._loss_at(network, encoded, batch.positions, t_B, self.config.run.seed)
+        if isinstance(batch, VideoBatch) and self.config.text is not None:
+            without = torch.tensor(float(batch.captions.count("")), device=self.device)
+            report["without_text"] = (without, float(len(batch)))
+        return loss, report
 
     @torch.no_grad()
     def validate(self, network: Callable[..., Any], batches: Iterable[Any], samples: int) -> tuple[Sums, None]:

@@ -18,7 +18,6 @@ import torch
 
 from lvdm.config import AnyTraining, AutoencoderTraining, LatentDiffusionTraining, PreviewConfig
 from lvdm.data.batch import Replacement
-from lvdm.data.index import open_index
 from lvdm.data.loader import Loader, build_loader, build_validation_loader
 from lvdm.engine import distributed, saving, signals
 from lvdm.engine.checkpoint import Checkpoint
@@ -45,7 +44,9 @@ class Clock:
     step: int = 0
     """Optimiser steps done, skipped ones included."""
     samples: int = 0
-    """Samples seen, ``batch.size`` a step: what the learning rate goes by."""
+    """``batch.size`` a step, even of a bucket whose steps are larger or smaller: what the learning rate goes by."""
+    taken: int = 0
+    """Samples that the steps really took: what the speed and the fraction of bad samples are measured in."""
     data: dict[str, Any] = field(default_factory=dict)
     """How the samples are mixed and since when, or which shards of a stream are finished (`Loader.state`)."""
     replaced: int = 0
@@ -87,12 +88,13 @@ def _train(config: AnyTraining, run: RunFolder, changes: list[str], ranks: Ranks
     clock = Clock()
     if found is not None:
         saving.restore(engine, found)
-        clock = Clock(**found.manifest.clock)
+        # before there were buckets, steps took what the clock counts
+        clock = Clock(**({"taken": found.manifest.clock["samples"]} | found.manifest.clock))
     elif config.run.resume == "must":
         raise UserError(f"run.resume=must, but {run.checkpoints} holds no checkpoint")
     loader = together(lambda: _open_loader(config, ranks, clock), ranks.device)
     batches = iter(loader)
-    held_out = together(lambda: _held_out_samples(config, ranks), ranks.device)
+    held_out = together(lambda: _open_held_out(config, ranks), ranks.device)
 
     if ranks.is_main:
         run.claim(ranks.world)
@@ -103,7 +105,7 @@ def _train(config: AnyTraining, run: RunFolder, changes: list[str], ranks: Ranks
         run.log, run.tensorboard, run.images, run.samples, enabled=ranks.is_main, from_step=clock.step
     )
     means = Means(ranks.device)
-    speed = Speedometer(clock.samples)
+    speed = Speedometer(clock.step, clock.taken)
     speed.spend("start", time.perf_counter() - began)
     preview = config.preview if isinstance(config, LatentDiffusionTraining) else None
     replaced: list[Replacement] = []
@@ -116,7 +118,8 @@ def _train(config: AnyTraining, run: RunFolder, changes: list[str], ranks: Ranks
             loss, report = task.loss(engine, batch)
             engine.backward(loss)
             result = engine.step(lr)
-            means.add(report | {"replaced": (torch.tensor(len(batch.replaced), device=ranks.device), len(batch))})
+            means.add(report)
+            clock.taken += len(batch) * ranks.world
             replaced += batch.replaced
         clock.step += 1
         clock.samples += config.batch.size
@@ -128,9 +131,8 @@ def _train(config: AnyTraining, run: RunFolder, changes: list[str], ranks: Ranks
         saving_now = last or clock.step % config.run.save_every == 0
         if saving_now or clock.step % config.run.log_every == 0:
             values = means.reduce()
-            clock.replaced += round(values.pop("replaced") * speed.samples_since_report(clock.samples))
-            _list_replaced(run, replaced, ranks)
-            values |= speed.report(clock.samples, total=config.run.steps * config.batch.size)
+            clock.replaced += _list_replaced(run, replaced, ranks)
+            values |= speed.report(clock.step, clock.taken, steps=config.run.steps)
             values |= {"lr": lr, "grad_norm": result.grad_norm, "memory_gb": memory_gb(ranks.device)}
             values |= {"skipped_steps": len(clock.skipped_steps), "replaced": clock.replaced}
             writer.scalars(clock.step, values)
@@ -138,9 +140,9 @@ def _train(config: AnyTraining, run: RunFolder, changes: list[str], ranks: Ranks
                 _print_line(clock.step, config.run.steps, values)
             _check_bad_fraction(config, run, clock)
             stopping = on_any_rank(stop.received, ranks.device)
-        if held_out and (last or clock.step % config.validation.every == 0):
+        if held_out is not None and (last or clock.step % config.validation.every == 0):
             with speed.paused("validation"):
-                _validate(config, task, engine, held_out, writer, clock.step)
+                _validate(task, engine, held_out, writer, clock.step)
         if preview is not None and (last or clock.step % preview.every == 0):
             with speed.paused("preview"):
                 assert isinstance(task, LatentDiffusionTask)
@@ -198,36 +200,28 @@ def _open_loader(config: AnyTraining, ranks: Ranks, clock: Clock) -> Loader:
     )
 
 
-def _held_out_samples(config: AnyTraining, ranks: Ranks) -> int:
-    """Held-out samples that a validation uses: the same number of micro-batches on every rank; 0 for none."""
+def _open_held_out(config: AnyTraining, ranks: Ranks) -> Loader | None:
+    """The held-out samples that every validation goes over; none if the config names no shards."""
     if not config.validation.shards:
-        return 0
-    at_once = config.batch.micro * ranks.world
-    available = min(config.validation.samples, len(open_index(config.validation.shards)))
-    if available < at_once:
-        raise UserError(
-            f"validation has {available} samples, fewer than batch.micro x ranks = {at_once}; "
-            f"raise validation.samples or add shards"
-        )
-    return available // at_once * at_once
+        return None
+    return build_validation_loader(
+        config.data,
+        config.validation.shards,
+        seed=config.run.seed,
+        samples=config.validation.samples,
+        micro=config.batch.micro,
+        world=ranks.world,
+        rank=ranks.rank,
+    )
 
 
-def _validate(config: AnyTraining, task: Task, engine: Engine, samples: int, writer: MetricsWriter, step: int) -> None:
+def _validate(task: Task, engine: Engine, held_out: Loader, writer: MetricsWriter, step: int) -> None:
     """Validate with the live and with the averaged weights; the picture shows the averaged ones."""
 
     def run() -> tuple[dict[str, float], Any]:
-        batches = build_validation_loader(
-            config.data,
-            list(config.validation.shards),
-            seed=config.run.seed,
-            samples=samples,
-            micro=config.batch.micro,
-            world=engine.ranks.world,
-            rank=engine.ranks.rank,
-        )
         means = Means(engine.ranks.device)
         with engine.evaluating():
-            sums, picture = task.validate(engine, batches, samples)
+            sums, picture = task.validate(engine, held_out, held_out.samples)
         means.add(sums)
         return means.reduce(), picture
 
@@ -257,30 +251,32 @@ def _preview(
 
 def _check_bad_fraction(config: AnyTraining, run: RunFolder, clock: Clock) -> None:
     # Some patience at the start, where a single bad sample is a large fraction.
-    allowed = config.data.max_bad_fraction * max(clock.samples, 1000)
+    allowed = config.data.max_bad_fraction * max(clock.taken, 1000)
     if clock.replaced > allowed:
         raise UserError(
-            f"{clock.replaced} of {clock.samples} samples had bad bytes, more than data.max_bad_fraction "
+            f"{clock.replaced} of {clock.taken} samples had bad bytes, more than data.max_bad_fraction "
             f"{config.data.max_bad_fraction}; they are listed in {run.replaced}"
         )
 
 
-def _list_replaced(run: RunFolder, replaced: list[Replacement], ranks: Ranks) -> None:
-    """Append the samples that were replaced on any rank since the last call to the run's list (collective)."""
+def _list_replaced(run: RunFolder, replaced: list[Replacement], ranks: Ranks) -> int:
+    """Append the samples that were replaced on any rank since the last call to the run's list, and count them
+    (collective)."""
     gathered = gather_json([asdict(item) for item in replaced], ranks.device)
     replaced.clear()
     lines = [item for items in gathered for item in items]
     if ranks.is_main and lines:
         with run.replaced.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(item) + "\n" for item in sorted(lines, key=lambda item: item["position"]))
+    return len(lines)
 
 
 class Speedometer:
     """Rates since the last report, leaving out what it is `paused` for, and where the time went."""
 
-    def __init__(self, samples: int) -> None:
+    def __init__(self, step: int, samples: int) -> None:
         self._spent: dict[str, float] = {}
-        self._samples = samples
+        self._step, self._samples = step, samples
         self._since = time.perf_counter()
         self._waited = 0.0
 
@@ -291,22 +287,17 @@ class Speedometer:
         self._waited += time.perf_counter() - begin
         return batch
 
-    def samples_since_report(self, samples: int) -> int:
-        """Samples seen by all ranks since the last report."""
-        return samples - self._samples
-
-    def report(self, samples: int, total: int) -> dict[str, float]:
-        """Rates at ``samples`` of ``total``, and a new beginning."""
+    def report(self, step: int, samples: int, steps: int) -> dict[str, float]:
+        """Rates at ``step`` of ``steps``, which all ranks took ``samples`` to reach, and a new beginning."""
         seconds = time.perf_counter() - self._since
-        rate = self.samples_since_report(samples) / seconds
         values = {
-            "samples_per_second": rate,
+            "samples_per_second": (samples - self._samples) / seconds,
             "data_wait_fraction": self._waited / seconds,
-            "seconds_left": (total - samples) / rate,
+            "seconds_left": (steps - step) * seconds / (step - self._step),
         }
         self.spend("training", seconds - self._waited)
         self.spend("data_wait", self._waited)
-        self._samples, self._waited = samples, 0.0
+        self._step, self._samples, self._waited = step, samples, 0.0
         self._since = time.perf_counter()
         return values | self.spent()
 

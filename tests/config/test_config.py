@@ -19,9 +19,11 @@ from lvdm.config import (
     DataConfig,
     LatentDiffusionTraining,
     Section,
+    ShardSet,
     dump_yaml,
     load_training_config,
     models,
+    parse_config,
     parse_training_config,
     read_tree,
     sections,
@@ -150,12 +152,48 @@ def test_values_are_frozen() -> None:
     assert isinstance(config, AnyTraining)
 
 
+@pytest.mark.parametrize(
+    ("shards", "fault"),
+    [
+        ([{"folders": ["a"], "weigth": 1}], "video.shards.0.weigth: unknown key; did you mean weight?"),
+        ([{"folders": "a"}], "video.shards.0.folders: should be a list (got 'a')"),
+        ([], "video.shards: needs at least 1 entry"),
+        (["a", {"folders": ["b"], "weight": 1}], "video.shards: entry 0 has no weight, others have"),
+        ([{"folders": ["a"], "where": [{"field": "x", "comparison": "=>", "value": 1}]}], ".where.0.comparison: Input"),
+        ([{"folders": ["a"], "where": ["duration"]}], ".where.0: 'duration' is not of the form FIELD COMPARISON VALUE"),
+    ],
+)
+def test_each_fault_of_a_set_of_shards_is_one_line(shards: list[Any], fault: str) -> None:
+    with pytest.raises(UserError) as refused:
+        parse_config(DataConfig, {"kind": "video", "video": {"shards": shards}}, "c")
+    head, *lines = str(refused.value).splitlines()
+    assert head == "c: 1 fault in the config"
+    assert len(lines) == 1
+    assert fault in lines[0]
+
+
+def test_conditions_may_be_texts() -> None:
+    shards = [{"folders": ["a"], "where": ["duration >= 2", "language in [en, de]", "checked == true"]}]
+    config = parse_config(DataConfig, {"kind": "video", "video": {"shards": shards}}, "c")
+    assert config.video is not None
+    assert isinstance(config.video.shards[0], ShardSet)
+    found = [(one.field, one.comparison, one.value) for one in config.video.shards[0].where]
+    assert found == [("duration", ">=", 2), ("language", "in", ("en", "de")), ("checked", "==", True)]
+
+
 def test_the_example_of_the_data_page_is_a_config() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"^```yaml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     config = DataConfig.model_validate(yaml.safe_load(example)["data"])
     assert config.video is not None
     assert len(config.video.clip.sizes) == 2
+
+
+def test_latents_have_no_buckets() -> None:
+    buckets = "data.video.clip.buckets=[{frames: 8, height: 64, width: 64, size: 8}]"
+    with pytest.raises(UserError, match=r"leave out data\.video\.clip\.buckets"):
+        load_training_config(QUICKSTART, [buckets, "data.kind=latents"])
+    load_training_config(QUICKSTART, [buckets, "data.kind=video"])
 
 
 def test_the_reference_of_all_settings_is_current() -> None:

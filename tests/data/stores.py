@@ -68,6 +68,11 @@ class FaultyServer(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder, self.faults, self.rng = folder, faults, random.Random(seed)
         self.met: Counter[str] = Counter()
+        self.busy = 0
+        """Answers to come, of any kind, that are 503."""
+        self.ranges = True
+        """Whether ranges are served; else the whole file comes."""
+        self.answers = 0
         self.sent = 0
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
@@ -96,6 +101,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._answer(body=True)
 
     def _answer(self, body: bool) -> None:
+        self.server.answers += 1
+        if self.server.busy > 0:
+            self.server.busy -= 1
+            self._send(503, b"busy", {}, body, "")
+            return
         path = self.server.folder / self.path.lstrip("/")
         if path.is_dir():
             names = "".join(f'<a href="{child.name}">{child.name}</a>\n' for child in sorted(path.iterdir()))
@@ -105,8 +115,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._send(404, b"", {}, body, "")
             return
         data = path.read_bytes()
-        headers = {"ETag": f'"{len(data)}-{path.stat().st_mtime_ns}"', "Accept-Ranges": "bytes"}
-        wanted = self.headers.get("Range", "")
+        headers = {"ETag": f'"{len(data)}-{path.stat().st_mtime_ns}"'}
+        headers |= {"Accept-Ranges": "bytes"} if self.server.ranges else {}
+        wanted = self.headers.get("Range", "") if self.server.ranges else ""
         fault = self.server.draw() if wanted else ""
         if not wanted:
             self._send(200, data, headers, body, fault)

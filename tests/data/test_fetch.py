@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import random
@@ -11,6 +12,7 @@ from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lvdm import storage
 from lvdm.data import fetch
 from lvdm.errors import Requeue, UserError
 
@@ -41,7 +43,7 @@ class FaultyFileSystem(LocalFileSystem):
 @pytest.fixture
 def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     fsspec.register_implementation("faulty", FaultyFileSystem, clobber=True)
-    monkeypatch.setattr(fetch, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(storage, "FIRST_PAUSE", 0.001)
     (tmp_path / "data").write_bytes(bytes(range(256)))
     return f"faulty://{tmp_path}/data"
 
@@ -52,7 +54,7 @@ def read(url: str, offset: int, size: int) -> bytes:
 
 @pytest.mark.parametrize("how", ["raise", "short"])
 def test_passing_faults_are_retried(url: str, how: str) -> None:
-    FaultyFileSystem.failures, FaultyFileSystem.how = fetch.ATTEMPTS - 1, how
+    FaultyFileSystem.failures, FaultyFileSystem.how = storage.ATTEMPTS - 1, how
     assert read(url, 10, 20) == bytes(range(10, 30))
     assert FaultyFileSystem.failures == 0
 
@@ -60,9 +62,9 @@ def test_passing_faults_are_retried(url: str, how: str) -> None:
 @pytest.mark.parametrize("how", ["raise", "short"])
 def test_lasting_faults_end_the_run_for_a_new_start(url: str, how: str) -> None:
     FaultyFileSystem.failures, FaultyFileSystem.how = 100, how
-    with pytest.raises(Requeue, match=f"after {fetch.ATTEMPTS} attempts"):
+    with pytest.raises(Requeue, match=f"after {storage.ATTEMPTS} attempts"):
         read(url, 10, 20)
-    assert FaultyFileSystem.failures == 100 - fetch.ATTEMPTS
+    assert FaultyFileSystem.failures == 100 - storage.ATTEMPTS
 
 
 def test_what_is_not_there_is_not_retried(url: str) -> None:
@@ -125,3 +127,33 @@ def test_workers_of_a_node_share_a_cache_of_bounded_size(tmp_path: Path, monkeyp
     changed = fetch.Span("s3://bucket/shard", 0, 10_000, tag="etag:other")
     cache.put(fetch.Span("s3://bucket/shard", 0, 10_000, tag="etag:one"), b"a" * 10_000)
     assert cache.get(changed) is None
+
+
+def test_however_many_processes_fill_a_cache_it_stays_at_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LVDM_CACHE", str(tmp_path))
+    caches = [fetch.RangeCache(CAP) for _ in range(64)]
+    most = least = 0
+    for number in range(24 * len(caches)):
+        start = number * 8000
+        caches[number % len(caches)].put(fetch.Span("s3://x", start, start + 8000), b"x" * 8000)
+        if number % 64 == 0:
+            held = sum(file.stat().st_size for file in (tmp_path / "ranges").glob("[!.]*"))
+            most, least = max(most, held), held
+    assert 0.8 * CAP < least <= most < 1.2 * CAP
+
+
+def test_while_another_process_makes_room_nothing_is_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LVDM_CACHE", str(tmp_path))
+    cache = fetch.RangeCache(CAP)
+    span = fetch.Span("s3://x", 0, 8000)
+    with open(tmp_path / "ranges/.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        cache.put(span, b"x" * 8000)
+        assert cache.get(span) is None
+    cache.put(span, b"x" * 8000)
+    assert cache.get(span) == b"x" * 8000
+    (tmp_path / "ranges/.lock").unlink()
+    (tmp_path / "ranges/.lock").mkdir()  # cannot be opened
+    cache.put(fetch.Span("s3://x", 1, 8001), b"x" * 8000)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import subprocess
 import sys
 import zlib
+from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from PIL import Image
 
 from lvdm.config import ClipConfig
+from lvdm.data import decode_torchcodec
 from lvdm.data.decode import decode_frames
+from lvdm.data.fit import MAX_SCALED_PIXELS, fit
 from lvdm.data.samples import load_clip
 from lvdm.errors import BadSample
 from tests.data.fuzz import image, video
@@ -79,3 +86,49 @@ def test_captions_of_any_bytes_come_through_as_text(text: bytes) -> None:
     for members in ({"txt": text}, {"json": b'{"caption": "' + lone.encode() + b'"}'}, {"json": text}):
         sample = load_clip({"mp4": video("libx264", "mp4"), **members}, clip, 0, seed=0, text_dropout=0.0)
         sample.caption.encode()  # whatever comes later can write it
+
+
+@pytest.mark.parametrize(("width", "height"), [(4000, 1), (1, 4000), (32768, 16), (10**6, 1)])
+def test_a_thin_picture_is_refused_before_it_is_blown_up(width: int, height: int) -> None:
+    with pytest.raises(
+        BadSample, match=rf"a picture of {width}x{height} would be scaled to \d+x\d+ .* to 256x256, which"
+    ):
+        fit(height, width, 256, 256, "crop")
+    assert fit(height, width, 256, 256, "pad").width <= 256
+    how = fit(2160, 3840, 1080, 1080, "crop")
+    assert how.height * how.width < MAX_SCALED_PIXELS
+
+
+def test_a_thin_image_is_a_bad_sample() -> None:
+    data = io.BytesIO()
+    Image.new("RGB", (4000, 1)).save(data, "png")
+    with pytest.raises(BadSample, match=r"^a picture of 4000x1 would be scaled"):
+        decode_frames([data.getvalue()], [0], 256, 256)
+
+
+def test_what_takes_more_memory_than_there_is_is_a_bad_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.Image.Image.resize", exhausted)
+    monkeypatch.setattr("lvdm.data.decode._fitted", exhausted)
+    for data in ([image("png")], video("libx264", "mp4")):
+        with pytest.raises(BadSample, match="it takes more memory than there is"):
+            decode_frames(data, [0], 16, 16)
+
+
+def test_torchcodec_frames_larger_than_the_header_said_are_bad(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Decoder:
+        """As of TorchCodec, with frames that outgrew their header."""
+
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def get_frames_at(self, indices: list[int]) -> SimpleNamespace:
+            return SimpleNamespace(data=torch.zeros(len(indices), 3, 50, 41, dtype=torch.uint8))
+
+    monkeypatch.setattr(decode_torchcodec, "_decoder", lambda: Decoder)
+    how = ([0, 1], 16, 16, "crop", (0.5, 0.5), Fraction(1))
+    assert decode_torchcodec.decode(b"", *how).shape == (2, 16, 16, 3)  # type: ignore[arg-type]
+    monkeypatch.setattr(decode_torchcodec, "MAX_FRAME_PIXELS", 2000)
+    with pytest.raises(BadSample, match="a frame of 41x50 exceeds the limit of 2000 pixels"):
+        decode_torchcodec.decode(b"", *how)  # type: ignore[arg-type]

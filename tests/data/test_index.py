@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from lvdm import storage
 from lvdm.config import Bucket, ClipConfig, ShardSet
 from lvdm.data import build_index as module
 from lvdm.data.build_index import PARTS, build_index
@@ -24,7 +25,7 @@ from lvdm.data.fetch import read_sample
 from lvdm.data.index import Index, open_index
 from lvdm.data.select import select
 from lvdm.data.sources import open_sources
-from lvdm.data.tar_scan import MOST_FRAMES, MOST_MEMBERS
+from lvdm.data.tar_scan import MOST_FRAMES, MOST_MEMBERS, Scanned
 from lvdm.data.writer import ShardSample, write_shard
 from lvdm.errors import Requeue, UserError
 from tests.data.stores import web_server
@@ -80,6 +81,28 @@ def test_a_pickled_index_is_the_same(shards: str) -> None:
     data = pickle.dumps(index)
     assert len(data) < 1000
     assert pickle.loads(data)[20] == index[20]
+
+
+def test_a_worker_reads_the_very_index_that_the_run_began_with_and_asks_no_store(
+    copy: Path, samples: list[ShardSample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LVDM_CACHE", str(tmp_path / "cache"))
+    write_shard("memory://worker/set", 0, samples[:3])
+    build_index("memory://worker/set")
+    remote = open_index(["memory://worker/set"])
+    data = pickle.dumps(remote)
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "info", None)
+        assert pickle.loads(data)[2] == remote[2]
+    index = open_index([str(copy)])
+    data, first = pickle.dumps(index), index[0]
+    build_index(str(copy), exclude={f"{copy}/00000.tar": frozenset([first.key])})
+    other = pickle.loads(data)
+    assert len(other) == 23
+    with pytest.raises(UserError, match=rf"the index of {copy} changed while the run reads it; start the run again"):
+        other[0]
+    assert index[0] == first
+    assert pickle.loads(pickle.dumps(open_index([str(copy)])))[0] != first
 
 
 def test_other_stores(samples: list[ShardSample]) -> None:
@@ -177,6 +200,32 @@ def test_a_cut_shard_gives_what_stands_before_the_cut_and_is_named(
     places = [(record.shard, record.key, record.members) for record in rows_of(index)]
     assert places == [(record.shard, record.key, record.members) for record in before[:12] + before[18:]]
     assert index.parts[0].damaged == built.damaged
+
+
+def test_a_set_of_one_cut_shard_is_what_stands_before_the_cut(copy: Path, tmp_path: Path) -> None:
+    cut = open_index([str(copy)])[3].members["mp4"][0] + 5
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one/0.tar").write_bytes((copy / "00000.tar").read_bytes()[:cut])
+    built = build_index(str(tmp_path / "one"))
+    assert (built.samples, list(built.damaged)) == (3, ["0.tar"])
+    (tmp_path / "one/0.tar").write_bytes(b"no tar" * 100)
+    with pytest.raises(UserError, match=r"no samples: all 1 shards of .*one are damaged; the first: "):
+        build_index(str(tmp_path / "one"))
+
+
+def test_entries_to_exclude_that_match_nothing_are_counted(copy: Path, tmp_path: Path) -> None:
+    key = open_index([str(copy)])[0].key
+    here = f"{copy}/00000.tar"
+    exclude = {here: frozenset([key, "none"]), "/elsewhere/00000.tar": frozenset([key])}
+    for _ in range(2):  # the second takes what it found before
+        built = build_index(str(copy), exclude=exclude)
+        assert (built.samples, built.left_out, built.unmatched) == (22, {"excluded": 1}, 2)
+    listed = tmp_path / "replaced.jsonl"
+    listed.write_text("".join(json.dumps({"shard": s, "key": k}) + "\n" for s, keys in exclude.items() for k in keys))
+    command = [sys.executable, str(TOOL), str(copy), "--exclude", str(listed)]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert f"2 of the 3 entries of {listed} are no samples of what was indexed" in told.stdout
+    assert build_index(str(copy)).unmatched == 0
 
 
 @pytest.fixture
@@ -326,7 +375,7 @@ class Flaky:
 def test_a_store_that_fails_now_and_then_loses_nothing_and_one_that_is_down_asks_for_another_start(
     samples: list[ShardSample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(storage, "FIRST_PAUSE", 0.001)
     monkeypatch.setattr(module, "_GROUP", 1)
     for number in range(6):
         write_shard("memory://flaky/set", number, samples[number * 3 : number * 3 + 3])
@@ -424,6 +473,27 @@ def test_video2dataset_shards(tmp_path: Path) -> None:
         "videoid": 17.0,
     }
     assert two.meta == expected
+
+
+@pytest.mark.parametrize(
+    ("says", "width", "height"),
+    [
+        ({}, 1920, 1080),
+        ({"side_data_list": [{"displaymatrix": "x"}, {"rotation": -90}]}, 1080, 1920),
+        ({"tags": {"rotate": "270"}}, 1080, 1920),
+        ({"tags": {"rotate": "180"}, "side_data_list": "junk"}, 1920, 1080),
+        ({"tags": {"rotate": "nan"}}, 1920, 1080),
+        ({"sample_aspect_ratio": "4:3"}, 2560, 1080),
+        ({"sample_aspect_ratio": "4:3", "side_data_list": [{"rotation": 90}]}, 1080, 2560),
+        ({"sample_aspect_ratio": "0:1"}, 1920, 1080),
+        ({"sample_aspect_ratio": "1:100"}, 1920, 1080),
+        ({"sample_aspect_ratio": ["x"], "tags": None}, 1920, 1080),
+    ],
+)
+def test_the_size_of_a_video_is_that_of_its_frames_as_shown(says: dict[str, Any], width: int, height: int) -> None:
+    stream = {"codec_type": "video", "width": 1920, "height": 1080, **says}
+    found = module._meta(Scanned("k", 0, members={"mp4": (0, 1)}, meta={"video_metadata": {"streams": [stream]}}))
+    assert found == {"meta.width": width, "meta.height": height}
 
 
 def test_img2dataset_shards_are_images_of_one_frame_in_the_size_that_is_stored(tmp_path: Path) -> None:
@@ -550,3 +620,19 @@ def test_names_of_shards_may_be_any_that_a_file_system_takes(samples: list[Shard
     assert build_index(str(tmp_path)).samples == 8
     for record in rows_of(open_index([str(tmp_path)])):
         assert read_sample(record)["mp4"] in (samples[0].members["mp4"], samples[1].members["mp4"])
+
+
+def test_rows_of_a_selection_that_a_cleaner_took_are_chosen_anew(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LVDM_CACHE", str(tmp_path / "cache"))
+    index = open_index([str(copy)])
+    sizes = [ClipConfig(frames=frames, height=24, width=24) for frames in (4, 14)]
+    first = [list(rows) for rows in select(index, [], sizes).rows]
+    assert [len(rows) for rows in first] == [0, 23]
+    (folder,) = (tmp_path / "cache/selections").iterdir()
+    kept = sorted(path.name for path in folder.glob("rows-*"))
+    assert kept == ["rows-0.npy"]  # the other one is all rows
+    (folder / "rows-0.npy").unlink()
+    assert [list(rows) for rows in select(index, [], sizes).rows] == first
+    assert (folder / "rows-0.npy").exists()

@@ -6,7 +6,7 @@ import itertools
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import torch
 from lvdm.config import ClipConfig, DataConfig, LatentSource, VideoSource
 from lvdm.data.batch import LatentBatch, Replacement, VideoBatch
 from lvdm.data.decode import decode_frames
-from lvdm.data.index import open_index
+from lvdm.data.fetch import Fetcher
+from lvdm.data.index import SampleRecord, open_index
 from lvdm.data.latents import (
     LatentSetInfo,
     LatentText,
@@ -25,7 +26,14 @@ from lvdm.data.latents import (
     encode_latent,
     write_latent_set,
 )
-from lvdm.data.loader import VideoDataset, build_loader, build_validation_loader, read_videos
+from lvdm.data.loader import (
+    VideoDataset,
+    _read,
+    _WorkerDied,
+    build_loader,
+    build_validation_loader,
+    read_videos,
+)
 from lvdm.data.samples import VideoSample
 from lvdm.data.writer import ShardSample
 from lvdm.errors import Requeue, UserError
@@ -135,7 +143,7 @@ def test_batches_come_in_the_order_of_the_steps(shards: str) -> None:
         video_data(shards, workers=2), seed=0, batch=8, micro=2, world=2, rank=1, first_step=5, steps=2
     )
     assert len(loader) == 4
-    assert [batch.positions for batch in loader] == [[41, 43], [45, 47], [49, 51], [53, 55]]
+    assert [batch.positions for batch in loader] == [[44, 45], [46, 47], [52, 53], [54, 55]]
     assert [len(batch) for batch in loader] == [2, 2, 2, 2]
 
 
@@ -149,11 +157,11 @@ def test_a_run_can_go_on_with_another_batch_size(shards: str) -> None:
     )
     assert contents(rest) == whole[8:20]
     assert rest.course is not None
-    assert "the mixing of the data changed (batches): from step 2 on" in rest.course.notes[0]
+    assert "the mixing of the data changed (batches) and is new from step 2 on" in rest.course.notes[0]
     later = build_loader(
         data, seed=SEED, batch=6, micro=1, world=2, rank=1, first_step=3, steps=1, state=rest.course.state
     )
-    assert contents(later) == whole[15:20:2]
+    assert contents(later) == whole[17:20]
 
 
 def test_every_epoch_has_each_sample_once(shards: str) -> None:
@@ -199,15 +207,42 @@ def test_text_is_padded_and_dropped_text_is_the_unconditional(latent_shards: str
 
 def test_validation_is_fixed_and_even(shards: str, samples: list[ShardSample]) -> None:
     data = video_data(shards)
-    parts = [build_validation_loader(data, [shards], seed=1, samples=10, micro=2, world=3, rank=r) for r in range(3)]
-    assert [len(part) for part in parts] == [2, 2, 2]
+    parts = [build_validation_loader(data, [shards], seed=1, samples=15, micro=2, world=3, rank=r) for r in range(3)]
+    assert [(len(part), part.samples) for part in parts] == [(2, 12)] * 3  # the other 3 fill no micro-batch of all
     found = sorted(itertools.chain.from_iterable(map(contents, parts)))
-    assert [position for position, _, _ in found] == list(range(12))  # two beyond the 10, to be left out
+    assert [position for position, _, _ in found] == list(range(12))
     assert [caption for _, _, caption in found] == [sample.meta["caption"] for sample in samples[:12]]
     alone = build_validation_loader(data, [shards], seed=99, samples=10, micro=5, world=1, rank=0)
-    assert contents(alone) == found[:10]
-    assert alone.samples == 10
-    assert build_validation_loader(data, [shards], seed=1, samples=99, micro=2, world=1, rank=0).samples == SAMPLES
+    assert contents(alone) == contents(alone) == found[:10]
+    assert build_validation_loader(data, [shards], seed=1, samples=99, micro=1, world=1, rank=0).samples == SAMPLES
+
+
+def told_to_be_short(samples: Iterable[ShardSample], short: Iterable[int]) -> list[ShardSample]:
+    """The samples, some of which say that they have too few frames."""
+    return [
+        ShardSample(s.key, s.members, {**s.meta, "frames": 7 if number in short else 14})
+        for number, s in enumerate(samples)
+    ]
+
+
+def test_validation_counts_the_samples_that_are_long_enough(samples: list[ShardSample], tmp_path: Path) -> None:
+    folder = write_set(tmp_path, told_to_be_short(samples[:9], {0, 3, 4}))
+    loader = build_validation_loader(video_data(folder), [folder], seed=1, samples=9, micro=2, world=1, rank=0)
+    assert (len(loader), loader.samples) == (3, 6)
+    assert [caption for _, _, caption in contents(loader)] == [samples[i].meta["caption"] for i in (1, 2, 5, 6, 7, 8)]
+    with pytest.raises(UserError, match=r"validation has 6 samples, fewer than batch\.micro x ranks = 8"):
+        build_validation_loader(video_data(folder), [folder], seed=1, samples=9, micro=4, world=2, rank=1)
+    long = VideoSource(shards=[folder], clip=ClipConfig(frames=15, height=16, width=16))
+    with pytest.raises(UserError, match=r"no samples are left of the 9 .*: 9 by too short"):
+        build_validation_loader(video_data(folder, video=long), [folder], seed=1, samples=9, micro=1, world=1, rank=0)
+
+
+def test_clips_choose_nothing_among_latents(tmp_path: Path) -> None:
+    encoded = encode_latent(torch.zeros(4, 2, 4, 4), torch.zeros(1, 3), "", "fp32")
+    folder = write_set(tmp_path, [ShardSample(f"{i}", encoded, {"frames": 7}) for i in range(4)])
+    write_latent_set(folder, LATENTS, torch.zeros(1, 3))
+    data = latent_data(folder).model_copy(update={"video": VideoSource(shards=["nowhere"], clip=CLIP)})
+    assert build_validation_loader(data, [folder], seed=1, samples=4, micro=2, world=2, rank=0).samples == 4
 
 
 def truncated(video: bytes) -> dict[str, bytes]:
@@ -276,7 +311,7 @@ def test_a_shard_that_vanishes_ends_with_one_line(samples: list[ShardSample], tm
 def test_a_shard_that_shrinks_is_not_a_bad_sample(
     samples: list[ShardSample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lvdm.data.fetch.FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("lvdm.storage.FIRST_PAUSE", 0.001)
     folder = write_set(tmp_path, samples[:9])
     loader = build_loader(video_data(folder), seed=0, batch=9, micro=9, world=1, rank=0, steps=1)
     with open(tmp_path / "00000.tar", "r+b") as stream:
@@ -314,6 +349,50 @@ def test_chosen_rows_are_read_in_order(samples: list[ShardSample], tmp_path: Pat
     assert [batch.positions for batch in batches] == [[5, 3], [1]]
     assert batches[0].captions[0] == samples[5].meta["caption"]
     assert [(entry.position, entry.key) for batch in batches for entry in batch.replaced] == [(3, "bad")]
+
+
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The keys of the samples that this process fetches at once."""
+    calls: list[list[str]] = []
+    fetch = Fetcher.samples
+
+    def spy(self: Fetcher, records: list[SampleRecord]) -> list[dict[str, bytes]]:
+        calls.append([record.key for record in records])
+        return fetch(self, records)
+
+    monkeypatch.setattr(Fetcher, "samples", spy)
+    return calls
+
+
+def test_chosen_rows_that_are_bad_have_no_substitutes(
+    samples: list[ShardSample], fetched: list[list[str]], tmp_path: Path
+) -> None:
+    mixed = [ShardSample(f"bad{i}", {"mp4": b"junk", "txt": b"x"}, {}) for i in range(18)]
+    mixed += told_to_be_short(samples[:3], {1})
+    data = video_data(write_set(tmp_path, mixed))
+    index = open_index([str(tmp_path)])
+    (batch,) = read_videos(data, index, range(21), batch=21, seed=0)
+    assert [entry.position for entry in batch.replaced] == [*range(18), 19]
+    assert batch.replaced[-1].reason == "too short"
+    assert fetched == [[index[row].key for row in range(21) if row != 19]]
+    assert [row for row in range(21) if batch.frames_BCTHW[row].any()] == [18, 20]
+
+
+def test_a_sample_that_is_too_large_is_bad_before_it_is_fetched(
+    samples: list[ShardSample], fetched: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed = list(samples[:9])
+    mixed[4] = ShardSample(mixed[4].key, {**mixed[4].members, "wav": bytes(1 << 20)}, mixed[4].meta)
+    folder = write_set(tmp_path, mixed)
+    monkeypatch.setattr("lvdm.data.decode.MAX_BYTES", 1 << 20)
+    loader = build_loader(video_data(folder), seed=1, batch=9, micro=9, world=1, rank=0, steps=1)
+    (batch,) = loader
+    (bad,) = batch.replaced
+    assert bad.key == mixed[4].key
+    assert bad.reason.endswith("bytes exceed the limit of 1048576")
+    assert sorted(fetched[0]) == [s.key for s in mixed if s is not mixed[4]]
+    assert all(mixed[4].key not in keys for keys in fetched)
 
 
 def test_reading_draws_nothing_from_the_global_generator(shards: str) -> None:
@@ -356,8 +435,16 @@ class Deadly(VideoDataset):
         return super().load(members, bucket, position, replaced)
 
 
+@pytest.fixture
+def watchful(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch looks for dead workers more often than every 5 s."""
+    look = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(look, "__defaults__", (0.1,))
+
+
+@pytest.mark.usefixtures("watchful")
 def test_a_clip_that_kills_its_worker_twice_is_bad_and_the_sequence_goes_on(
-    shards: str, samples: list[ShardSample], monkeypatch: pytest.MonkeyPatch
+    shards: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = video_data(shards, text_dropout=0.0)
     whole = run(data)
@@ -366,12 +453,95 @@ def test_a_clip_that_kills_its_worker_twice_is_bad_and_the_sequence_goes_on(
     loader = build_loader(
         video_data(shards, workers=2, text_dropout=0.0), seed=SEED, batch=BATCH, micro=2, world=1, rank=0, steps=6
     )
-    batches = list(loader)
+    batches = []
+    for batch in loader:
+        batches.append(batch)
+        if batch.replaced:
+            assert not multiprocessing.active_children()  # those that were left have been ended
     replaced = [entry for batch in batches for entry in batch.replaced]
     assert [(entry.position, entry.reason) for entry in replaced] == [(9, "killed two workers that read it")]
     found = contents(batches)
     assert found[:9] + found[10:] == whole[:9] + whole[10:]
     assert found[9] != whole[9]
+
+
+class Heavy(VideoDataset):
+    """Kills the process that reads more than one clip at once."""
+
+    def __getitems__(self, items: Any) -> Any:
+        if len(items) > 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitems__(items)
+
+
+class Murderous(VideoDataset):
+    """Kills whatever process decodes one of its clips."""
+
+    def load(self, *args: Any) -> VideoSample:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return super().load(*args)
+
+
+@pytest.mark.usefixtures("watchful")
+@pytest.mark.parametrize("kind", [Heavy, Murderous])
+def test_deaths_that_no_one_sample_explains_stop_the_run(
+    kind: type[VideoDataset], shards: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lvdm.data.loader.VideoDataset", kind)
+    loader = build_loader(video_data(shards, workers=1), seed=1, batch=2, micro=2, world=1, rank=0, steps=1)
+    with pytest.raises(Requeue, match=r"died of the micro-batch with positions 0, 1 .*fewer data\.workers"):
+        list(loader)
+
+
+class Failing(VideoDataset):
+    """Meets a full disk."""
+
+    def load(self, *args: Any) -> VideoSample:
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_failure_of_a_living_worker_blames_no_sample(
+    workers: int, shards: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lvdm.data.loader.VideoDataset", Failing)
+    loader = build_loader(video_data(shards, workers), seed=1, batch=1, micro=1, world=1, rank=0, steps=1)
+    with pytest.raises(Requeue, match=r"^reading samples failed: .*No space left on device"):
+        list(loader)
+
+
+class Handover:
+    """A loader whose worker is read from in vain."""
+
+    num_workers = 1
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __iter__(self) -> Iterator[Any]:
+        raise self.error
+        yield
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome", "message"),
+    [
+        (EOFError(), _WorkerDied, "EOFError"),
+        (ConnectionResetError(104, "reset"), _WorkerDied, "reset"),
+        (FileNotFoundError(2, "no socket"), _WorkerDied, "no socket"),
+        (OSError("got end of file during message"), _WorkerDied, "end of file"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), _WorkerDied, "pid 7"),
+        (OSError(12, "Cannot allocate memory"), Requeue, "Cannot allocate memory"),
+        (OSError(), _WorkerDied, "OSError"),
+        (EOFError("Caught EOFError in DataLoader worker process 0."), EOFError, "Caught"),
+        (RuntimeError("Caught RuntimeError in DataLoader worker process 0."), RuntimeError, "Caught"),
+        (ConnectionError("Caught ConnectionError in DataLoader worker process 0.\nC: x\n"), Requeue, "C: x$"),
+    ],
+)
+def test_what_waiting_for_a_worker_may_raise(error: Exception, outcome: type[Exception], message: str) -> None:
+    loader: Any = Handover(error)
+    with pytest.raises(outcome, match=message):
+        next(_read(loader))
 
 
 def test_the_memory_of_workers_stays_flat_over_ten_thousand_clips(shards: str) -> None:

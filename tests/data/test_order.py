@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lvdm.data.order import MIX_BLOCK, Entry, Order, ranks_share, sample_at
+from lvdm.data.order import MIX_BLOCK, Order, sample_at, share
 from lvdm.errors import UserError
 
 
@@ -66,22 +66,21 @@ def test_neighbours_stay_together_where_wanted(size: int, together: int) -> None
         assert len(tails) > 1, "the same samples come last in every epoch"
 
 
-@pytest.mark.parametrize(("world", "micro"), [(1, 12), (1, 3), (2, 2), (4, 1), (4, 3)])
-def test_a_step_is_the_same_samples_for_any_number_of_ranks(world: int, micro: int) -> None:
-    entries = Order([[50]], [12], seed=0).step(7).entries
-    assert [entry.position for entry in entries] == list(range(84, 96))
-    parts = [ranks_share(entries, world, rank, micro) for rank in range(world)]
-    assert sorted(e.position for part in parts for batch in part for e in batch) == list(range(84, 96))
-    for rank, part in enumerate(parts):
-        assert len(part) == 12 // world // micro
-        assert all(len(batch) == micro for batch in part)
-        assert all(entry.position % world == rank for batch in part for entry in batch)
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (1, 4), (2, 3), (4, 3), (12, 1)])
+def test_a_step_is_the_same_samples_for_any_number_of_ranks(world: int, accumulation: int) -> None:
+    order = Order([[50]], [12], seed=0)
+    whole = order.step(7).entries
+    assert [entry.position for entry in whole] == list(range(84, 96))
+    parts = [share(12, world, rank, accumulation, part) for rank in range(world) for part in range(accumulation)]
+    assert {len(part) for part in parts} == {12 // world // accumulation}
+    assert tuple(entry for part in parts for entry in order.step(7, part).entries) == whole
 
 
-def test_an_uneven_batch_is_refused() -> None:
-    entries = [Entry(position, 0, position) for position in range(10)]
-    with pytest.raises(UserError, match=r"batch\.size 10 is not divisible by 2 ranks x batch\.micro 4 = 8"):
-        ranks_share(entries, 2, 0, 4)
+def test_ranks_take_neighbours_that_stay_together() -> None:
+    order = Order([[6400]], [64], seed=0, contiguous=16)
+    for rank in range(4):
+        places = [entry.place for entry in order.step(3, share(64, 4, rank, 1, 0)).entries]
+        assert places == list(range(places[0], places[0] + 16))
 
 
 def test_one_set_in_one_bucket_is_the_plain_order() -> None:
@@ -135,7 +134,7 @@ def test_weights_are_kept_in_every_block_and_each_source_runs_through_its_sample
         for entry in order.step(step).entries:
             places[entry.source].append(entry.place)
     for size, weight, taken in zip(sizes, weights, places, strict=True):
-        assert abs(len(taken) - 2 * MIX_BLOCK * weight / sum(weights)) <= 2
+        assert abs(len(taken) - 2 * MIX_BLOCK * weight / sum(weights)) <= 2 * len(sizes)
         for epoch in range(len(taken) // size):
             assert sorted(taken[epoch * size : (epoch + 1) * size]) == list(range(size))
 
@@ -155,7 +154,7 @@ def test_weights_hold_across_buckets() -> None:
 def test_new_weights_let_every_source_go_on_where_it_was(data: st.DataObject, seed: int, step: int) -> None:
     sizes = data.draw(st.lists(st.integers(1, 200), min_size=2, max_size=3))
     first = Order([[size] for size in sizes], [8], seed=seed, weights=[1] * len(sizes))
-    assert first.unseen(step) == 0
+    assert first.steps_left(step) == 0
     weights = data.draw(st.lists(st.integers(1, 9), min_size=len(sizes), max_size=len(sizes)))
     second = Order([[size] for size in sizes], [16], seed=seed, weights=weights, era=first.next_era(step))
     places: list[list[int]] = [[] for _ in sizes]
@@ -177,11 +176,23 @@ def test_what_a_change_passes_over_with_buckets_is_counted(data: st.DataObject, 
     sizes = data.draw(st.lists(st.integers(20, 90), min_size=2, max_size=3))
     order = Order([sizes], [5] * len(sizes), seed=seed)
     step = data.draw(st.integers(0, 60))
-    era = order.next_era(step)
-    seen: Counter[int] = Counter()
-    for number in range(step):
-        seen[order.step(number).bucket] += 5
-    assert order.unseen(step) == sum(era.taken[0]) - sum(seen.values()) >= 0
+    era, seen = order.next_era(step), Counter(order.step(number).bucket for number in range(step))
+    assert order.steps_left(step) == sum(era.taken[0]) // 5 - seen.total() >= 0
+    epoch = order.epoch_at(step)
+    assert order.epoch_at(step + order.steps_left(step)) == (epoch + 1 if order.steps_left(step) else epoch)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights"),
+    [([[500], [500]], [1, 0.0004]), ([[10**6, 10], [100, 10**6]], [1, 1]), ([[50], [70]], [1e-9, 2e-9])],
+)
+def test_no_source_is_lost_by_rounding(sizes: list[list[int]], weights: list[float]) -> None:
+    order = Order(sizes, [50] * len(sizes[0]), seed=0, weights=weights)
+    found: Counter[tuple[int, int]] = Counter()
+    for step in range(200):
+        taken = order.step(step)
+        found.update((entry.source, taken.bucket) for entry in taken.entries)
+    assert found.keys() == {(source, bucket) for source, row in enumerate(sizes) for bucket in range(len(row))}
 
 
 def test_a_step_far_away_costs_what_the_first_costs() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,6 +120,25 @@ def test_sizes_share_out_videos_by_length_and_shape(tmp_path: Path) -> None:
     assert selection.removed == {"width, height or frames unknown": 1, "too short": 0}
 
 
+def test_an_image_goes_to_no_longer_clip_though_its_rate_is_unknown(tmp_path: Path) -> None:
+    rows = [
+        {"width": 64, "height": 64, "frames": 1},
+        {"width": 64, "height": 64, "frames": 40, "fps": 24.0},
+        {"width": 64, "height": 64, "frames": 14, "fps": 24.0},  # too short for 4 frames at 5 a second
+    ]
+    folder = make(tmp_path / "set", rows)
+    buckets = tuple(Bucket(frames=frames, height=32, width=32, size=2) for frames in (4, 1))
+    selection = select(open_index([folder]), (), ClipConfig(fps=5, buckets=buckets).sizes)
+    assert [list(rows) for rows in selection.rows] == [[1], [0, 2]]
+
+
+def test_sizes_that_no_index_knows_are_counted_as_unknown(tmp_path: Path) -> None:
+    folder = make(tmp_path / "set", [{"width": 64, "height": 64}] * 3)
+    buckets = tuple(Bucket(frames=frames, height=32, width=32, size=2) for frames in (4, 1))
+    with pytest.raises(UserError, match="3 by width, height or frames unknown"):
+        open_sources([folder], ClipConfig(buckets=buckets).sizes)
+
+
 def course(shards: Sequence[Any], batch: int = 4, **how: Any) -> Course:
     data = DataConfig(kind="video", video=VideoSource(shards=tuple(shards)))
     return open_course(data, data.video.clip.sizes, seed=7, batch=batch, **how)
@@ -143,7 +163,9 @@ def test_weights_share_out_the_samples_and_may_change_on_resume(tmp_path: Path) 
     assert again.notes == []
     assert again.order.step(300) == first.order.step(300)
     more = course(weighted(1, 1, 2), step=250, state=state)
-    assert "the mixing of the data changed (names, sizes, weights): from step 250 on it is new" in more.notes[0]
+    assert "the mixing of the data changed (sets, weights) and is new from step 250 on" in more.notes[0]
+    said = f"{sets[0]} goes on behind what it gave; {sets[1]} goes on behind what it gave; {sets[2]} begins"
+    assert said in more.notes[0]
     assert more.order.step(250).entries[0].position == 1000
     counts = Counter(source for source, _ in taken(more, range(250, 500)).elements())
     assert counts == {0: 250, 1: 250, 2: 500}
@@ -153,9 +175,57 @@ def test_weights_share_out_the_samples_and_may_change_on_resume(tmp_path: Path) 
     assert third.order.step(601) == more.order.step(601)
 
 
+def test_sets_may_move_and_change_places(tmp_path: Path) -> None:
+    one, two = make(tmp_path / "a", ROWS), make(tmp_path / "b", ROWS[:9])
+    (tmp_path / "elsewhere").mkdir()
+    first = course([ShardSet(folders=(one,), weight=1), ShardSet(folders=(two,), weight=1)])
+    seen = taken(first, range(3))
+    shutil.copytree(one, tmp_path / "elsewhere" / "a")
+    moved = ShardSet(folders=(str(tmp_path / "elsewhere" / "a"),), weight=1)
+    same = course([moved, ShardSet(folders=(two,), weight=1)], step=3, state=first.state)
+    assert same.notes == []
+    assert same.order.step(5) == first.order.step(5)
+    turned = course([ShardSet(folders=(two,), weight=1), moved], step=3, state=first.state)
+    assert turned.notes[0].count("goes on behind what it gave") == 2
+    seen += Counter({(1 - s, p): n for (s, p), n in taken(turned, range(3, 5)).items()})
+    for source, size in ((0, 10), (1, 9)):
+        counts = [seen[source, place] for place in range(size)]
+        assert set(counts) <= {sum(counts) // size, sum(counts) // size + 1}
+
+
 def test_a_set_without_weights_may_grow(tmp_path: Path) -> None:
     one, two = (make(tmp_path / name, ROWS, name) for name in "ab")
     before = course([one])
-    after = course([one, two], step=5, state=before.state)
-    assert "(names, sizes)" in after.notes[0]
-    assert sorted(taken(after, range(5, 10)).values()) == [1] * 20  # the second of the epochs of twenty
+    after = course([one, two], step=3, state=before.state)
+    assert f"{one}, {two} begins" in after.notes[0]
+    assert sorted(taken(after, range(3, 8)).values()) == [1] * 20  # each sample once an epoch from here on
+
+
+def test_a_set_whose_samples_changed_begins_another_epoch(tmp_path: Path) -> None:
+    folder = make(tmp_path / "set", ROWS)
+    before = course([ShardSet(folders=(folder,), weight=1)])
+    make(tmp_path / "set", ROWS[:-1])
+    after = course([ShardSet(folders=(folder,), weight=1)], step=2, state=before.state)
+    assert f"{folder} changed and begins another epoch, 2 samples of the last one unseen" in after.notes[0]
+    assert sorted(taken(after, range(2, 2 + 9)).values()) == [4] * 9
+
+
+def test_turning_weights_on_starts_sets_of_their_own(tmp_path: Path) -> None:
+    one, two = (make(tmp_path / name, ROWS, name) for name in "ab")
+    before = course([one, two])
+    sets = [ShardSet(folders=(folder,), weight=1) for folder in (one, two)]
+    after = course(sets, step=2, state=before.state)
+    assert f"{one} begins; {two} begins" in after.notes[0]
+
+
+def test_two_choices_from_one_folder_go_on_each_for_itself(tmp_path: Path) -> None:
+    folder = make(tmp_path / "set", ROWS)
+    tests = [Condition(field="score", comparison=sign, value=0.45) for sign in ("<", ">=")]
+
+    def sets(*weights: float) -> list[ShardSet]:
+        return [ShardSet(folders=(folder,), weight=w, where=(t,)) for w, t in zip(weights, tests, strict=True)]
+
+    before = course(sets(1, 3))
+    after = course(sets(1, 1), step=9, state=before.state)
+    given = Counter(entry.source for step in range(9) for entry in before.order.step(step).entries)
+    assert after.state["era"]["taken"] == ((given[0],), (given[1],))

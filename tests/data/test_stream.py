@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 
+from lvdm import storage
 from lvdm.config import ClipConfig, DataConfig, ShardSet, VideoSource
 from lvdm.config.base import parse_config
-from lvdm.data import fetch, stream
+from lvdm.data import stream
 from lvdm.data.batch import VideoBatch
+from lvdm.data.build_index import build_index
 from lvdm.data.fetch import Fetcher
 from lvdm.data.loader import Loader, build_loader
 from lvdm.data.samples import VideoSample
@@ -315,8 +317,8 @@ def test_a_sample_beyond_what_decodes_is_not_read(
 def test_failing_reads_lose_nothing_and_each_byte_is_read_once(
     shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetch, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(fetch, "READ_TIMEOUT", 0.3)
+    monkeypatch.setattr(storage, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(storage, "READ_TIMEOUT", 0.3)
     monkeypatch.setattr(stream, "BLOCK", 6000)
     with web_server(Path(shards), faults=0.0) as server:
         url = f"{server.url}/{{00000..00002}}.tar"
@@ -327,7 +329,7 @@ def test_failing_reads_lose_nothing_and_each_byte_is_read_once(
         assert captions(read(url, steps=1, batch=SAMPLES)[0]) == whole
         assert sum(server.met.values()) >= 4
         server.faults = 1.0
-        monkeypatch.setattr(fetch, "ATTEMPTS", 3)
+        monkeypatch.setattr(storage, "ATTEMPTS", 3)
         with pytest.raises(Requeue, match=r"cannot read http://.*\.tar after 3 attempts"):
             read(url)
 
@@ -374,3 +376,21 @@ def test_it_says_how_many_shards_there_are_and_how_it_resumes(shards: str) -> No
     (loader,) = loaders([shards])
     (note,) = loader.notes
     assert note.startswith("streaming 3 shards without an index: resume is by whole shards")
+
+
+def test_samples_that_are_recorded_as_failed_are_left_out_as_by_the_index(
+    samples: list[ShardSample], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = json.dumps({"status": "failed_to_subsample"}).encode()  # video2dataset keeps such samples in its tars
+    failed = ShardSample("failed", {**samples[0].members, "json": told})
+    write_shard(str(tmp_path), 0, [samples[1], failed, samples[2]])
+    (batches,) = read(str(tmp_path), steps=3)
+    assert set(captions(batches)) == set(texts(samples[1:3]))
+    assert not [entry for batch in batches for entry in batch.replaced]
+    assert build_index(str(tmp_path)).left_out == {"recorded as failed": 1}
+    assert "left out: 1 x recorded as failed" in caplog.text
+
+
+def test_chained_urls_of_shards_stay_whole() -> None:
+    given = stream.list_shards(["simplecache::s3://bucket/{00..01}.tar", "a::b.tar"])
+    assert given == ["simplecache::s3://bucket/00.tar", "simplecache::s3://bucket/01.tar", "a::b.tar"]

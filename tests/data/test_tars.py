@@ -407,3 +407,26 @@ def test_any_json_gives_fields_that_an_index_holds(document: bytes, tmp_path: Pa
 @pytest.mark.parametrize("text", CAPTIONS)
 def test_any_bytes_are_a_caption(text: bytes) -> None:
     read_caption({"txt": text}).encode()
+
+
+class Refusing(io.BytesIO):
+    """Gives the first bytes, and says then that there will be no more."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self.tell() >= 512:
+            raise UserError("the store says no")
+        return super().read(size)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.txt"])
+def test_what_a_store_refuses_is_no_damage(name: str) -> None:
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as tar:
+        info = tarfile.TarInfo(name)
+        info.size = 2
+        tar.addfile(info, io.BytesIO(b"{}"))
+    left_out: Counter[str] = Counter()
+    with pytest.raises(UserError, match=r"^the store says no$") as refused:
+        list(scan_tar(Refusing(data.getvalue()), "a.tar", len(data.getvalue()), left_out))
+    assert not isinstance(refused.value, DamagedShard)
+    assert not left_out

@@ -69,6 +69,13 @@ def test_other_settings_are_refused_in_a_begun_folder(toy: Toy, tmp_path: Path, 
     assert [file.name for file in target.iterdir()] == ["encoding.json"]
 
 
+def test_clips_of_several_sizes_are_refused(toy: Toy, tmp_path: Path) -> None:
+    clip = toy.clip | {"buckets": [{"frames": 2, "height": 16, "width": 16, "size": 4}]}
+    with pytest.raises(UserError, match=r"^data\.video\.clip\.buckets: .* a folder of its own"):
+        encode(toy, tmp_path / "latents", data__kind="video", data__video__clip=clip)
+    assert not (tmp_path / "latents").exists()
+
+
 def test_bad_clips_are_left_out_and_named(toy: Toy, tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     (broken,) = copy_with_broken_clips(Path(toy.shards), shards, count=1)

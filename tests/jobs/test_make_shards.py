@@ -151,9 +151,9 @@ def test_folders_of_frames(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_a_list(kind: str, folder: Path, tmp_path: Path) -> None:
     rows = [
-        {"url": "videos/a.mp4", "text": "one", "start": "", "end": "00:00:01.5", "score": "3"},
-        {"url": f"file://{folder}/a.mp4", "text": "two", "start": "1", "end": "", "score": "4"},
-        {"url": "videos/nowhere.mp4", "text": "three", "start": "", "end": "", "score": "5"},
+        {"url": "videos/a.mp4", "text": "one", "start": "", "end": "00:00:01.5", "score": 3},
+        {"url": f"file://{folder}/a.mp4", "text": "two", "start": "1", "end": "", "score": 4},
+        {"url": "videos/nowhere.mp4", "text": "three", "start": "", "end": "", "score": 5},
     ]
     path = tmp_path / f"list.{kind}"
     if kind == "csv":
@@ -167,9 +167,9 @@ def test_a_list(kind: str, folder: Path, tmp_path: Path) -> None:
         pq.write_table(pa.Table.from_pylist(rows), path)
     sources = read_list(str(path))
     assert [(s.caption, s.start, s.end, s.meta) for s in sources] == [
-        ("one", 0.0, 1.5, {"score": "3"}),
-        ("two", 1.0, None, {"score": "4"}),
-        ("three", 0.0, None, {"score": "5"}),
+        ("one", 0.0, 1.5, {"score": 3}),
+        ("two", 1.0, None, {"score": 4}),
+        ("three", 0.0, None, {"score": 5}),
     ]
     made = make_video_shards(str(tmp_path / "out"), sources, shard_size=5)
     index = open_index([str(tmp_path / "out")])
@@ -276,3 +276,10 @@ def test_the_command_line(folder: Path, tmp_path: Path) -> None:
     assert indexed.returncode == 0
     assert indexed.stdout.endswith(f"{out}: 2 samples in 1 shards\n")
     assert len(open_index([out])) == 2
+
+
+def test_numbers_and_booleans_of_a_csv_are_such(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("path,caption,score,checked,code\na.mp4,12,4.5,True,007\nb.mp4,x,,false,12\n")
+    first, second = read_list(str(tmp_path / "a.csv"))
+    assert (first.caption, first.meta) == ("12", {"score": 4.5, "checked": True, "code": "007"})
+    assert second.meta == {"score": None, "checked": False, "code": "12"}

@@ -14,11 +14,15 @@ import pytest
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from lvdm.config import parse_training_config
 from lvdm.data.build_index import build_index
+from lvdm.data.loader import build_loader
 from lvdm.data.writer import ShardSample, write_shard
+from lvdm.engine.checkpoint import open_checkpoint
 from lvdm.inference import load
 from lvdm.jobs.export import export_checkpoint
 from lvdm.synthetic import caption, combinations, render
+from lvdm.train.loop import Speedometer
 from tests.conftest import Toy, copy_with_broken_clips
 from tests.ranks import Launch, run_ranks
 from tests.train.runs import log_of, losses_of, run, wait_for_step
@@ -145,7 +149,7 @@ def test_video_shards_and_their_latents_train_alike(toy: Toy, tmp_path: Path) ->
 
 
 def test_images_and_videos_of_weighted_sets_train_together_and_resume(toy: Toy, tmp_path: Path) -> None:
-    """Two buckets, one of them of images, whose step is twice as large; two ranks stop, one goes on."""
+    """Two buckets, one of them of images, a bad one too, whose step is twice as large; two ranks stop, one goes on."""
     vae = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 2,
         up_block_types=["UpDecoderBlock2D"] * 2,
@@ -158,7 +162,7 @@ def test_images_and_videos_of_weighted_sets_train_together_and_resume(toy: Toy, 
     for number, combination in enumerate(combinations()[:12]):
         stream = io.BytesIO()
         Image.fromarray(render(combination, number, 1, 16)[0]).save(stream, "PNG")
-        members = {"png": stream.getvalue(), "txt": caption(combination).encode()}
+        members = {"png": b"junk" if number == 3 else stream.getvalue(), "txt": caption(combination).encode()}
         write_shard(str(pictures), number, [ShardSample(f"{number:05d}", members, {"width": 16, "height": 16})])
     build_index(str(pictures))
     buckets = [{"frames": 1, "height": 16, "width": 16, "size": 8}, {"frames": 2, "height": 16, "width": 16, "size": 4}]
@@ -175,9 +179,24 @@ def test_images_and_videos_of_weighted_sets_train_together_and_resume(toy: Toy, 
     run_ranks(run, 1, tree(tmp_path / "run", run__steps=12))
     straight, resumed = losses_of(tmp_path / "straight"), losses_of(tmp_path / "run")
     assert resumed == pytest.approx(straight, rel=1e-4)
+    config = parse_training_config(tree(tmp_path / "run"), source="test")
+    course = build_loader(config.data, seed=5, batch=4, micro=1, world=1, rank=0, steps=12).course
+    assert course is not None
+    taken = sum(len(course.order.step(step).entries) for step in range(12))
+    assert taken > 12 * 4
+    for name in ("straight", "run"):
+        clock = open_checkpoint(tmp_path / name).manifest.clock
+        assert (clock["samples"], clock["taken"]) == (12 * 4, taken)
+        assert clock["replaced"] == len((tmp_path / name / "replaced.jsonl").read_text().splitlines()) > 1
     other = [{"folders": [toy.shards], "weight": 3}, {"folders": [str(pictures)], "weight": 1}]
     (said,) = run_ranks(run, 1, tree(tmp_path / "run", run__steps=14, data__video__shards=other))
-    assert "the mixing of the data changed (weights): from step 12 on it is new" in said
+    assert "the mixing of the data changed (weights) and is new from step 12 on" in said
+
+
+def test_speed_is_of_the_samples_that_steps_took_and_the_time_left_of_steps() -> None:
+    speed = Speedometer(step=10, samples=100)
+    values = speed.report(12, 116, steps=14)  # as many steps are left as were done
+    assert values["samples_per_second"] * values["seconds_left"] == pytest.approx(16)
 
 
 def test_streaming_source_trains(toy: Toy, tmp_path: Path) -> None:
