@@ -4,7 +4,11 @@
     python tools/encode_latents.py --config configs/t2v_256.yaml --shards data/a/shards --out data/a/latents
 
 Without --shards and --out, every folder of data.video.shards is encoded into the folder of data.latents.shards at the
-same place in the list. A job that was stopped goes on where it was when it is started again.
+same place in the list. A job that was stopped goes on where it was when it is started again, and any number of
+processes, GPUs and nodes work on one --out (a path or URL that all see) when each starts the same command. As a SLURM
+array of 16 workers with a GPU each:
+
+    sbatch --array=0-15 --gpus=1 --wrap "python tools/encode_latents.py --config configs/t2v_256.yaml"
 """
 
 from __future__ import annotations
@@ -23,6 +27,10 @@ def main() -> None:
     parser.add_argument("--out", help="folder for the latent shards")
     parser.add_argument("--batch", type=int, default=16, help="clips encoded at once (16)")
     parser.add_argument("--stored", choices=["fp32", "bf16"], default="fp32", help="type on disk (fp32)")
+    parser.add_argument(
+        "--lease-seconds", type=float, default=120.0, help="a worker silent for so long has its shard taken over (120)"
+    )
+    parser.add_argument("--verify", action="store_true", help="hold finished shards against their checksums")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the config")
     arguments = parser.parse_intermixed_args()
     with command_line("encode_latents"):
@@ -50,12 +58,20 @@ def encode_all(config: LatentDiffusionTraining, arguments: argparse.Namespace) -
                 dtype=torch.bfloat16 if on_gpu else torch.float32,
                 batch=arguments.batch,
                 stored=arguments.stored,
+                lease_seconds=arguments.lease_seconds,
+                verify=arguments.verify,
                 progress=progress,
             )
         earlier = f", {done.skipped_shards} shards finished earlier" if done.skipped_shards else ""
         print(f"{target}: {done.samples} samples{earlier}, {len(done.failed)} left out as bad")
         for item in done.failed[:10]:
             print(f"  {item.shard} {item.key}: {item.reason}")
+        for shard, reason in done.given_up.items():
+            print(f"  {shard}: {reason}")
+        if done.given_up:
+            raise UserError(
+                f"{len(done.given_up)} shards could not be encoded; mend them, remove {target}/.failed and start again"
+            )
 
 
 def folder_pairs(config: LatentDiffusionTraining, source: str | None, target: str | None) -> list[tuple[str, str]]:

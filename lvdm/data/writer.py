@@ -7,6 +7,7 @@ single put on an object store), and equal samples give equal tar bytes.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import webdataset as wds
 
-from lvdm.storage import atomic_file
+from lvdm.storage import atomic_file, sha256_of
 
 Status = str  # success, failed_to_download or failed_to_subsample, as video2dataset calls them
 
@@ -40,6 +41,16 @@ class ShardSample:
 
 
 @dataclass(frozen=True)
+class FileDigest:
+    """What tells whether a file is the one that was written."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+    """In hex."""
+
+
+@dataclass(frozen=True)
 class ShardStats:
     """What ``NNNNN_stats.json`` says; the names are video2dataset's."""
 
@@ -55,6 +66,8 @@ class ShardStats:
     end_time: float
     status_dict: dict[str, int]
     """Samples by ``success`` or error message."""
+    files: dict[str, FileDigest]
+    """The tar and the parquet file, by extension."""
 
 
 def sample_key(shard_id: int, index: int, samples_per_shard: int) -> str:
@@ -90,8 +103,12 @@ def write_shard(folder: str, shard_id: int, samples: Iterable[ShardSample]) -> S
                 members = {"json": json.dumps(row, indent=4, default=str).encode(), **sample.members}
                 payload += sum(map(len, members.values()))
                 tar.write({"__key__": sample.key, **members})
+        tar.close()
+        stream.flush()
+        files = {"tar": _digest(path)}
     with atomic_file(f"{name}.parquet") as path:
         pq.write_table(_table(rows), path, row_group_size=100)
+        files["parquet"] = _digest(path)
     end = time.time()
     stats = ShardStats(
         count=len(rows),
@@ -103,10 +120,15 @@ def write_shard(folder: str, shard_id: int, samples: Iterable[ShardSample]) -> S
         start_time=start,
         end_time=end,
         status_dict=dict(messages),
+        files=files,
     )
     with atomic_file(f"{name}_stats.json") as path:
         Path(path).write_text(json.dumps(asdict(stats), indent=4), encoding="utf-8")
     return stats
+
+
+def _digest(path: str) -> FileDigest:
+    return FileDigest(os.path.getsize(path), sha256_of(path))
 
 
 def _table(rows: list[dict[str, Any]]) -> pa.Table:

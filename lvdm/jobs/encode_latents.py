@@ -1,17 +1,24 @@
 """Encode videos and captions once: video shards in, latent shards out, one for one.
 
-What was finished stays finished: a shard appears whole with its statistics written last, and a job that is started
-again goes on behind the finished ones. Settings are written first, so that a folder never mixes two encoders.
+Any number of processes, GPUs and nodes run the same job on one output folder, a path or any fsspec URL, without talking
+to each other: each claims shards by leases (`lvdm.jobs.leases`) and finishes them by manifests
+(`lvdm.jobs.shard_board`). What was finished stays finished; a shard's bytes depend on its source shard and the settings alone, which are written
+first, so that a folder never mixes two encoders.
 """
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import errno
+import hashlib
 import json
-from collections.abc import Iterator
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -27,18 +34,27 @@ from lvdm.data.latents import (
     LatentVAE,
     decode_latent,
     encode_latent,
+    read_latent_set,
     write_latent_set,
 )
 from lvdm.data.loader import read_videos
 from lvdm.data.writer import ShardSample, write_shard
 from lvdm.errors import UserError
 from lvdm.inference import frames_to_float, load_vae, read_scaling
+from lvdm.jobs.leases import Leases, create
 from lvdm.jobs.progress import Report, silent
+from lvdm.jobs.shard_board import Board
 from lvdm.models.frozen import FrozenTextEncoder, FrozenVAE, NoText, load_text_encoder
 from lvdm.models.video_autoencoder import split_moments
+from lvdm.storage import Missing, locate, persistently, read_file
+
+log = logging.getLogger(__name__)
 
 SETTINGS_NAME = "encoding.json"
 """The settings of an encoding job, written before its first shard."""
+_FINISH = "finish"  # the lease on writing the index
+_NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+_LOOK_EVERY = 5.0  # seconds between counts of what all workers finished
 
 
 @dataclass
@@ -48,9 +64,11 @@ class Encoded:
     samples: int = 0
     """Samples in the finished folder."""
     skipped_shards: int = 0
-    """Shards that an earlier start had finished."""
+    """Shards that were finished before this process started."""
     failed: list[Replacement] = field(default_factory=list)
     """Samples left out because their bytes are bad."""
+    given_up: dict[str, str] = field(default_factory=dict)
+    """Source shards that could not be encoded in several attempts, with one reason each."""
 
 
 def encode_folder(
@@ -62,19 +80,24 @@ def encode_folder(
     dtype: torch.dtype,
     batch: int,
     stored: Literal["fp32", "bf16"] = "fp32",
+    lease_seconds: float = 120.0,
+    verify: bool = False,
     progress: Report = silent,
 ) -> Encoded:
     """Encode the video shards in ``source`` into latent shards in ``target``, with the clips, VAE and text encoder of
     a training config.
 
     Args:
-        source, target: folders; the target is local.
+        source, target: folders, paths or any fsspec URLs. Several processes may work on one target.
         dtype: what the VAE and text encoder compute in.
         batch: clips encoded at once.
         stored: ``fp32`` or ``bf16``, the type of the moments and text states on disk.
+        lease_seconds: seconds after which another worker takes over the shard of one that is gone.
+        verify: whether finished shards are held against their checksums, not their sizes alone.
+        progress: told of the samples that all workers have finished, and how many there are.
     Raises:
         UserError: the source cannot be read, the config has clips of several sizes, or the target holds latents of
-            other settings.
+            other settings or cannot be written.
     """
     assert config.data.video is not None
     if config.data.video.clip.buckets:
@@ -103,24 +126,85 @@ def encode_folder(
         samples=0,
         lvdm_version=lvdm.__version__,
     )
-    _claim(Path(target), info, source)
-
-    done = Encoded()
-    rows = list(_rows_left(index, Path(target), done))
-    batches = read_videos(config.data, index, rows, batch=batch, seed=config.run.seed)
-    encoded = _encode(index, batches, vae, text, info, device, done, len(rows), progress)
-    shard_numbers = {url: number for number, url in enumerate(index.shards)}
-    for url, samples in itertools.groupby(encoded, key=lambda item: item[0]):
-        write_shard(target, shard_numbers[url], (sample for _, sample in samples))
-    done.samples = build_index(target).samples
-    if not done.samples:
-        raise UserError(f"none of the {len(index)} samples in {source} could be encoded; the first: {done.failed[0]}")
-    scale, shift = _scaling(config, info, target)
-    unconditional = _true_length(text, [""])[0]
-    write_latent_set(
-        target, info.model_copy(update={"scale": scale, "shift": shift, "samples": done.samples}), unconditional
+    target = target.rstrip("/")
+    board_settings = _claim(
+        target, info, {"source": source, "batch": batch, "compute": str(dtype), "seed": config.run.seed}
     )
+    rows = _rows_of(index)
+    board = Board(target, rows, board_settings, hashes=verify)
+    board.look()
+    done = Encoded(skipped_shards=len(board.finished))
+
+    def encode(number: int) -> None:
+        left_out: list[list[Any]] = []
+
+        def report(own: int) -> None:
+            board.look(_LOOK_EVERY)
+            progress(sum(len(rows[n]) for n in board.finished) + own, len(index))
+
+        batches = read_videos(config.data, index, rows[number], batch=batch, seed=config.run.seed)
+        stats = write_shard(target, number, _encode(index, batches, vae, text, info, device, left_out, report))
+        board.finish(number, stats, left_out)
+        report(0)
+
+    with Leases(target, lease_seconds) as leases:
+        _work(board, leases, index, encode)
+        _summarise(done, board, index)
+        if not done.samples:
+            reasons = [*done.given_up.values(), *(str(item) for item in done.failed)]
+            raise UserError(f"none of the {len(index)} samples in {source} could be encoded; the first: {reasons[0]}")
+        while not leases.claim(_FINISH):
+            time.sleep(lease_seconds / 10)
+        if not _described(target, done.samples):
+            build_index(target)
+            scale, shift = _scaling(config, info, target)
+            whole = info.model_copy(update={"scale": scale, "shift": shift, "samples": done.samples})
+            write_latent_set(target, whole, _true_length(text, [""])[0])
+    progress(sum(len(rows[n]) for n in board.finished), len(index))
     return done
+
+
+def _work(board: Board, leases: Leases, index: Index, encode: Callable[[int], None]) -> None:
+    """Encode shards that nobody else has, until every shard is finished or given up."""
+    while left := board.open:
+        idle = True
+        first = random.SystemRandom().randrange(len(left))  # so that workers do not queue for the same shards
+        for number in [*left[first:], *left[:first]]:
+            name = f"{number:05d}"
+            if number in board.finished or not leases.claim(name):
+                continue
+            try:
+                if not board.is_finished(number):
+                    idle = False
+                    encode(number)
+            except OSError as error:
+                if error.errno in _NO_PLACE:
+                    raise UserError(f"cannot write {board.folder}: {error.strerror}") from None
+                board.fail(number, f"{type(error).__name__}: {error}")
+            except Exception as error:  # whatever it is: the next attempt, perhaps on another node, may do better
+                log.warning("%s failed: %s: %s", index.shards[number], type(error).__name__, error)
+                board.fail(number, f"{type(error).__name__}: {error}")
+            finally:
+                leases.release(name)
+        if idle:
+            time.sleep(min(leases.seconds / 10, _LOOK_EVERY))
+        board.look()
+
+
+def _summarise(done: Encoded, board: Board, index: Index) -> None:
+    """What all workers did, from the manifests."""
+    for number, manifest in sorted(board.finished.items()):
+        done.samples += manifest.samples
+        done.failed += [Replacement(row, index.shards[number], key, why) for row, key, why in manifest.left_out]
+    done.given_up = {index.shards[number]: board.reason(number) for number in board.given_up}
+
+
+def _described(target: str, samples: int) -> bool:
+    """Whether another worker has indexed and described a folder with so many samples."""
+    with contextlib.suppress(UserError):
+        locate(target)[0].invalidate_cache()
+        return read_latent_set(target).samples == len(open_index([target])) == samples
+    return False
 
 
 def latent_statistics(folder: str, info: LatentSetInfo) -> tuple[float, float]:
@@ -149,28 +233,39 @@ def _scaling(config: LatentDiffusionTraining, info: LatentSetInfo, target: str) 
     return 1 / deviation, -mean
 
 
-def _claim(target: Path, info: LatentSetInfo, source: str) -> None:
-    """Record the settings in a new folder, or check that a begun one has the same. Raises `UserError`."""
-    settings = {"source": source, "latents": info.model_dump(mode="json", exclude={"scale", "shift", "samples"})}
-    path = target / SETTINGS_NAME
-    if path.is_file():
-        if json.loads(path.read_text(encoding="utf-8")) != settings:
-            raise UserError(f"{target} holds latents made with other settings (see {path}); choose another folder")
-    elif target.is_dir() and any(target.iterdir()):
-        raise UserError(f"{target} is not empty and holds no latents; choose another folder")
-    else:
-        target.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+def _claim(target: str, info: LatentSetInfo, origin: dict[str, Any]) -> str:
+    """Record the settings in a new folder, or check that a begun one has the same; their digest. Raises `UserError`."""
+    latents = info.model_dump(mode="json", exclude={"scale", "shift", "samples"})
+    document = json.dumps({**origin, "latents": latents}, indent=1) + "\n"
+    url = f"{target}/{SETTINGS_NAME}"
+    there = _settings(url)
+    if there is None:
+        try:
+            names = persistently(target, lambda fs, root: list(fs.ls(root, detail=False)))
+        except Missing:
+            names = []
+        # another process may have begun the folder since
+        if names and _settings(url) is None:
+            raise UserError(f"{target} is not empty and holds no latents; choose another folder")
+        there = document if create(url, document.encode()) else _settings(url)
+    if there != document:
+        raise UserError(f"{target} holds latents made with other settings (see {url}); choose another folder")
+    return hashlib.sha256(document.encode()).hexdigest()
 
 
-def _rows_left(index: Index, target: Path, done: Encoded) -> Iterator[int]:
-    """Rows of the shards that are not finished, in index order."""
-    finished = {number for number in range(len(index.shards)) if (target / f"{number:05d}_stats.json").is_file()}
-    done.skipped_shards = len(finished)
-    numbers = {url: number for number, url in enumerate(index.shards)}
-    for row in range(len(index)):
-        if numbers[index[row].shard] not in finished:
-            yield row
+def _settings(url: str) -> str | None:
+    try:
+        return read_file(url).decode("utf-8", "replace")
+    except Missing:
+        return None
+
+
+def _rows_of(index: Index) -> dict[int, range]:
+    """Rows of each shard that has samples, by its number."""
+    numbers = {shard.name: number for number, shard in enumerate(index.parts[0].shards)}
+    found = [(numbers[name], first) for name, first, _ in index.shard_keys()]
+    ends = [*(first for _, first in found[1:]), len(index)]
+    return {number: range(first, end) for (number, first), end in zip(found, ends, strict=True)}
 
 
 def _encode(
@@ -180,11 +275,10 @@ def _encode(
     text: FrozenTextEncoder | NoText,
     info: LatentSetInfo,
     device: torch.device,
-    done: Encoded,
-    total: int,
-    progress: Report,
-) -> Iterator[tuple[str, ShardSample]]:
-    """Encoded samples with the shard they came from; bad ones go to ``done.failed``."""
+    left_out: list[list[Any]],
+    report: Callable[[int], None],
+) -> Iterator[ShardSample]:
+    """Encoded samples; row, key and reason of bad ones go to ``left_out``."""
     count = 0
     for batch in batches:
         bad = {item.position: item for item in batch.replaced}
@@ -194,13 +288,13 @@ def _encode(
             record = index[row]
             reason = bad[row].reason if row in bad else _fault(moments[i])
             if reason:
-                done.failed.append(Replacement(row, record.shard, record.key, reason))
-                yield record.shard, ShardSample(record.key, {}, status="failed_to_subsample", error_message=reason)
+                left_out.append([row, record.key, reason])
+                yield ShardSample(record.key, {}, status="failed_to_subsample", error_message=reason)
             else:
                 members = encode_latent(moments[i], states[i], batch.captions[i], info.dtype)
-                yield record.shard, ShardSample(record.key, members, record.meta)
+                yield ShardSample(record.key, members, record.meta)
         count += len(batch)
-        progress(count, total)
+        report(count)
 
 
 def _true_length(text: FrozenTextEncoder | NoText, captions: list[str]) -> list[torch.Tensor]:

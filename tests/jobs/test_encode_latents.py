@@ -30,8 +30,8 @@ def encode(toy: Toy, target: Path, stored: Any = "fp32", **changes: Any) -> Enco
 def test_stopped_job_goes_on_and_ends_with_the_same_bytes(toy: Toy, tmp_path: Path) -> None:
     target = tmp_path / "latents"
     shutil.copytree(toy.latents, target)
-    for name in ("latents.json", "00001_stats.json", "00002_stats.json", "00002.tar"):
-        (target / name).unlink()  # as a kill leaves it that comes between a shard and its statistics
+    for name in ("latents.json", "00001_manifest.json", "00002_manifest.json", "00002.tar"):
+        (target / name).unlink()  # as a kill leaves it that comes between a shard and its manifest
     done = encode(toy, target)
     assert done.skipped_shards == 1
     assert done.samples == 24
