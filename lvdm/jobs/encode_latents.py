@@ -2,7 +2,9 @@
 
 Any number of processes, GPUs and nodes run the same job on one output folder, a path or any fsspec URL, without talking
 to each other: each claims shards by leases (`lvdm.jobs.leases`) and finishes them by manifests
-(`lvdm.jobs.shard_board`). What was finished stays finished; a shard's bytes depend on its source shard and the settings alone, which are written
+(`lvdm.jobs.shard_board`).
+
+What was finished stays finished. A shard's bytes depend on its source shard and the settings alone, which are written
 first, so that a folder never mixes two encoders.
 """
 
