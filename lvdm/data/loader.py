@@ -412,7 +412,7 @@ class _Plan(Sequence[list[tuple[int, Entry]]]):
             raise IndexError(i)
         step, part = divmod(i, self._accumulation)
         size = self._batches[self._order.bucket_at(self._first + step)]
-        mine = share(size, self._world, self._rank, self._accumulation, part)
+        mine = share(size, self._world, self._rank, self._accumulation, part, self._order.contiguous)
         taken = self._order.step(self._first + step, mine)
         return [(taken.bucket, entry) for entry in taken.entries]
 

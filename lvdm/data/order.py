@@ -13,8 +13,8 @@ a batch is carried into the next epoch. The steps of an epoch, permuted, stand f
 **Permutations** are Feistel networks over pairs ``(left, right)`` with ``left * right_size + right`` just above N; a
 value that lands at N or above is sent through again (cycle walking), which keeps it a permutation of 0..N-1.
 
-Ranks take consecutive parts of a step, so that neighbours in a shard can be read together; the step has the same
-samples however many ranks there are.
+Rank r of W takes the samples whose position q has ``q // c % W == r``, where c neighbours are kept together: the step
+has the same samples whatever W is, and a rank can read neighbours in one go.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Order:
         assert min(*batches, contiguous) > 0
         self._sizes = [list(row) for row in sizes]
         self._batches = list(batches)
-        self._seed, self._shuffle, self._contiguous = seed, shuffle, contiguous
+        self._seed, self._shuffle, self.contiguous = seed, shuffle, contiguous
         self._keys = list(range(len(sizes)) if keys is None or weights is None else keys)
         self.era = era or Era()
         self._mixed = weights is not None
@@ -135,7 +135,7 @@ class Order:
         assert step >= self.era.step
         return self._batch_of(step - self.era.step)[1]
 
-    def step(self, step: int, numbers: range | None = None) -> Step:
+    def step(self, step: int, numbers: Sequence[int] | None = None) -> Step:
         """What a step of the run takes, or the ``numbers`` of it, counted from 0."""
         assert step >= self.era.step
         _, bucket, batch = self._batch_of(step - self.era.step)
@@ -245,7 +245,7 @@ class Order:
         """The sample at a place of endless epochs over ``size`` samples."""
         own = (bucket << 32) | self._keys[stream]
         seed = _mix(_mix(self._seed & _MASK64) ^ own) if own else self._seed
-        return sample_at(number, size, seed, self._shuffle, self._contiguous)
+        return sample_at(number, size, seed, self._shuffle, self.contiguous)
 
 
 def sample_at(position: int, size: int, seed: int, shuffle: bool, contiguous: int = 1) -> int:
@@ -269,12 +269,16 @@ def sample_at(position: int, size: int, seed: int, shuffle: bool, contiguous: in
     return (place + _mix(key)) % size
 
 
-def share(size: int, world: int, rank: int, accumulation: int, part: int) -> range:
-    """Which of the ``size`` samples of a step ``rank`` of ``world`` takes in ``part`` of its micro-batches."""
+def share(size: int, world: int, rank: int, accumulation: int, part: int, contiguous: int = 1) -> list[int]:
+    """Which of the ``size`` samples of a step ``rank`` of ``world`` takes in ``part`` of its micro-batches.
+
+    Ranks take turns at ``contiguous`` samples, or at as many of them as go evenly into their shares.
+    """
     micro, rest = divmod(size, world * accumulation)
     assert not rest
-    first = (rank * accumulation + part) * micro
-    return range(first, first + micro)
+    together = math.gcd(contiguous, size // world)
+    mine = [number for number in range(size) if number // together % world == rank]
+    return mine[part * micro : (part + 1) * micro]
 
 
 def permute(value: int, size: int, key: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import fcntl
 import hashlib
 import json
@@ -215,8 +216,13 @@ def _owner(field: str, indexes: Sequence[Index], where: Sequence[Condition]) -> 
     types = [index.types() for index in indexes]
     owner = next((number for number, known in enumerate(types) if field in known), None)
     if owner is None:
-        known = ", ".join(sorted(set().union(*types))) or "none"
-        raise UserError(f"the index of {', '.join(indexes[0].folders)} has no field {field}; it has {known}")
+        known = sorted(set().union(*types))
+        near = difflib.get_close_matches(field, known, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(
+            f"the index of {', '.join(indexes[0].folders)} has no field {field}{hint}; it has "
+            f"{', '.join(known) or 'none'}"
+        )
     for condition in where:
         if condition.field != field:
             continue

@@ -131,7 +131,7 @@ def test_a_sheet_shows_samples_from_end_to_end_and_names_what_it_cannot(
     [
         (("nowhere",), "no such folder of shards: nowhere"),
         (("unindexed",), "unindexed has no index.arrow; build it with: python tools/index_shards.py unindexed"),
-        (("SET", "--where", "durration > 2"), "has no field durration; it has duration"),
+        (("SET", "--where", "durration > 2"), "has no field durration (did you mean duration?); it has duration"),
         (("SET", "--where", "duration"), "--where 'duration' is not of the form FIELD COMPARISON VALUE"),
         (("SET", "--where", "duration > long"), "condition duration > long: duration is a number, which 'long' is not"),
         (

@@ -71,15 +71,22 @@ def test_a_step_is_the_same_samples_for_any_number_of_ranks(world: int, accumula
     order = Order([[50]], [12], seed=0)
     whole = order.step(7).entries
     assert [entry.position for entry in whole] == list(range(84, 96))
-    parts = [share(12, world, rank, accumulation, part) for rank in range(world) for part in range(accumulation)]
-    assert {len(part) for part in parts} == {12 // world // accumulation}
-    assert tuple(entry for part in parts for entry in order.step(7, part).entries) == whole
+    for together in (1, 3, 4, 100):
+        parts = {
+            (rank, part): order.step(7, share(12, world, rank, accumulation, part, together)).entries
+            for rank in range(world)
+            for part in range(accumulation)
+        }
+        assert {len(entries) for entries in parts.values()} == {12 // world // accumulation}
+        assert sorted((e for entries in parts.values() for e in entries), key=lambda e: e.position) == list(whole)
+        if together == 1:
+            assert all(entry.position % world == rank for (rank, _), entries in parts.items() for entry in entries)
 
 
 def test_ranks_take_neighbours_that_stay_together() -> None:
     order = Order([[6400]], [64], seed=0, contiguous=16)
     for rank in range(4):
-        places = [entry.place for entry in order.step(3, share(64, 4, rank, 1, 0)).entries]
+        places = [entry.place for entry in order.step(3, share(64, 4, rank, 1, 0, order.contiguous)).entries]
         assert places == list(range(places[0], places[0] + 16))
 
 
