@@ -23,7 +23,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,11 @@ class SampleRecord:
     """Metadata that the index knows; unknown values are absent."""
     tag: str = ""
     """`ShardFile.tag` of the shard."""
+
+    def part(self, extension: str) -> SampleRecord:
+        """One member alone, for who does not want the whole sample."""
+        offset, size = self.members[extension]
+        return replace(self, offset=offset, size=size, members={extension: (offset, size)})
 
 
 @dataclass(frozen=True)

@@ -19,21 +19,22 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from lvdm.config import ClipConfig, Section
+from lvdm.config.base import NonNegativeInt, PositiveInt
 from lvdm.errors import BadSample, UserError
 from lvdm.storage import Missing, atomic_file, read_file
 
 INFO_NAME = "latents.json"
 UNCONDITIONAL_NAME = "unconditional.safetensors"
-LATENT_MEMBER = "latent.safetensors"
-TEXT_MEMBER = "text.safetensors"
 LARGEST_MEAN = 1e3
 """Means beyond this come from a broken encoder; such samples are bad."""
+
+Scaling = float | tuple[float, ...]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BUILD = "make it with: python tools/encode_latents.py"
@@ -70,26 +71,47 @@ class LatentSetInfo(Section):
 
     format: Literal["lvdm-latents"] = "lvdm-latents"
     """Names the format."""
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     """Its version."""
-    vae: LatentVAE
-    """The autoencoder."""
-    text: LatentText
-    """The text encoder."""
-    scale: float
-    """The UNet sees ``scale * (latent + shift)``."""
-    shift: float
+    vae: LatentVAE | None
+    """The autoencoder; none in a folder of text states alone."""
+    text: LatentText | None
+    """The text encoder; none in a folder without text states."""
+    scale: Scaling = 1.0
+    """The UNet sees ``scale * (latent + shift)``; one for all channels or one a channel."""
+    shift: Scaling = 0.0
     """See ``scale``."""
     clip: ClipConfig
     """How clips were cut and resized."""
+    clips: PositiveInt = 1
+    """Most clips of a video."""
+    captions: dict[str, float] = Field(default_factory=dict)
+    """Where captions came from, with weights, as in ``data.video.captions``."""
+    seed: NonNegativeInt = 0
+    """Seed of the draws of where clips lie."""
     dtype: Literal["fp32", "bf16"]
     """Type of the stored moments and states."""
-    shape: tuple[int, int, int, int]
-    """C, T, H, W of a latent."""
+    compute: Literal["fp32", "bf16"] = "fp32"
+    """Type that the encoders computed in."""
+    batch: PositiveInt = 1
+    """Clips in one call of the autoencoder, which decides the last bits."""
+    shapes: tuple[tuple[int, int, int, int], ...]
+    """C, T, H, W of the latents of each of ``clip.sizes``; empty in a folder of text states alone."""
     samples: int
     """Samples in the folder."""
     lvdm_version: str
     """Version of the code that wrote it."""
+
+
+def latent_member(clip: int) -> str:
+    """Extension of the moments of a sample's clip, counted from 0."""
+    return f"{clip}.latent.safetensors"
+
+
+def text_member(place: int, item: int) -> str:
+    """Extension of the states of a sample's caption: which of the places in `LatentSetInfo.captions` (0 if that is
+    empty), and which there."""
+    return f"{place}-{item}.text.safetensors"
 
 
 def write_latent_set(folder: str, info: LatentSetInfo, unconditional_LD: Tensor) -> None:

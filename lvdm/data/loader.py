@@ -9,49 +9,31 @@ whose bytes are bad is replaced by one that (seed, position) determines, and the
 
 from __future__ import annotations
 
-import bisect
-import contextlib
-import errno
-import json
-import logging
-import multiprocessing
-import signal
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
-import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
-
 from lvdm.config import ClipConfig, DataConfig, VideoSource
-from lvdm.data import decode, latents, transforms
+from lvdm.data import latents, transforms
 from lvdm.data.batch import LatentBatch, Replacement, VideoBatch
 from lvdm.data.fetch import Fetcher
-from lvdm.data.index import Index, SampleRecord
+from lvdm.data.index import SampleRecord
 from lvdm.data.order import Entry, Order, sample_at, share
-from lvdm.data.samples import Failure, LatentSample, VideoSample, collate, load_clip
-from lvdm.data.select import select
+from lvdm.data.samples import Failure, LatentSample, VideoSample, collate, load_clip, merge, too_large
 from lvdm.data.sources import Course, Source, open_course, open_sources
 from lvdm.data.stream import StreamBatch, StreamCourse, StreamDataset, open_stream
-from lvdm.data.transforms import read_fields
+from lvdm.data.workers import KILLED, PlannedDataset, WorkerDied, data_loader, read_all, read_plan
 from lvdm.errors import BadSample, Requeue, UserError
-
-log = logging.getLogger(__name__)
 
 Batch = VideoBatch | LatentBatch
 S = TypeVar("S", VideoSample, LatentSample)
 
-_TOLD_OF_DEATH = ("DataLoader worker (pid", "Pin memory thread exited")
 SUBSTITUTES = 16
 """Samples tried in place of a bad one before the set is given up."""
 
 
-class _OrderedDataset(Dataset[S | Failure], Generic[S]):
+class _OrderedDataset(PlannedDataset, Generic[S]):
     """The sample of each (bucket, entry) of the order, or its substitute."""
-
-    killers: frozenset[int] = frozenset()
-    """Positions whose samples killed two workers, which reads them no more."""
 
     def __init__(self, sources: Sequence[Source], fetcher: Fetcher, *, seed: int, text_dropout: float) -> None:
         self.sources, self.fetcher, self.seed, self.text_dropout = sources, fetcher, seed, text_dropout
@@ -59,8 +41,11 @@ class _OrderedDataset(Dataset[S | Failure], Generic[S]):
     def __getitems__(self, items: Sequence[tuple[int, Entry]]) -> list[S | Failure]:
         """The samples of a micro-batch, whose bytes are fetched together."""
         try:
-            records = [self.sources[entry.source].records(bucket, entry.place) for bucket, entry in items]
-            refusals = [self.refusal(entry, found) for (_, entry), found in zip(items, records, strict=True)]
+            records = [
+                self.wanted(self.sources[entry.source].records(bucket, entry.place), entry.position)
+                for bucket, entry in items
+            ]
+            refusals = [self.refusal(item, found) for item, found in zip(items, records, strict=True)]
             members = self._fetch([found for found, refusal in zip(records, refusals, strict=True) if not refusal])
             return [
                 self._sample(bucket, entry, found, refusal, {} if refusal else next(members))
@@ -69,19 +54,29 @@ class _OrderedDataset(Dataset[S | Failure], Generic[S]):
         except (UserError, Requeue) as error:
             return [Failure(error)]
 
+    def wanted(self, records: list[SampleRecord], position: int) -> list[SampleRecord]:
+        """What is read of a sample for ``position``: all of it, unless a set says better."""
+        return records
+
     @abstractmethod
     def load(self, members: dict[str, bytes], bucket: int, position: int, replaced: tuple[Replacement, ...]) -> S:
         """The sample that ``position`` makes of its members. Raises `BadSample`."""
 
-    def refusal(self, entry: Entry, records: list[SampleRecord]) -> str:
+    def refusal(self, item: tuple[int, Entry], records: list[SampleRecord]) -> str:
         """Why a sample is bad before any of its bytes are fetched; empty if nothing is known against it."""
-        if entry.position in self.killers:
-            return "killed two workers that read it"
-        return _too_large(records)
+        return KILLED if item in self.killers else too_large(records)
+
+    def collate(self, samples: list[Any]) -> Batch:
+        """The samples of a micro-batch as one."""
+        return collate(samples)
+
+    def name(self, item: tuple[int, Entry]) -> str:
+        """What an item is called in messages."""
+        return f"position {item[1].position}"
 
     def _fetch(self, samples: Sequence[list[SampleRecord]]) -> Iterator[dict[str, bytes]]:
         fetched = iter(self.fetcher.samples([record for one in samples for record in one]))
-        return iter([_merge([next(fetched) for _ in one]) for one in samples])
+        return iter([merge([next(fetched) for _ in one]) for one in samples])
 
     def _sample(
         self, bucket: int, entry: Entry, records: list[SampleRecord], refusal: str, members: dict[str, bytes]
@@ -93,8 +88,8 @@ class _OrderedDataset(Dataset[S | Failure], Generic[S]):
         for attempt in range(SUBSTITUTES + 1):
             if attempt:  # substitutes come from orders of their own, so that neighbours do not share one
                 place = sample_at(entry.position, places, self.seed + attempt, shuffle=True)
-                records = source.records(bucket, place)
-                refusal = _too_large(records)
+                records = self.wanted(source.records(bucket, place), entry.position)
+                refusal = too_large(records)
                 members = {} if refusal else next(self._fetch([records]))
             try:
                 if refusal:
@@ -139,34 +134,6 @@ class VideoDataset(_OrderedDataset[VideoSample]):
             decoder=self.video.decoder,
             replaced=replaced,
         )
-
-
-class _ChosenRows(VideoDataset):
-    """Clips of rows of one index, without substitutes: black frames stand in for a bad one."""
-
-    def __init__(self, index: Index, video: VideoSource, *, seed: int) -> None:
-        everything = Source(index, (), select(index))
-        super().__init__([everything], video, [video.clip], Fetcher(), seed=seed, text_dropout=0.0)
-        self.long_enough = select(index, (), self.sizes).rows[0]
-
-    def refusal(self, entry: Entry, records: list[SampleRecord]) -> str:
-        """As for any set; and the index may know a video to be too short."""
-        found = bisect.bisect_left(self.long_enough, entry.place)
-        selected = found < len(self.long_enough) and self.long_enough[found] == entry.place
-        return super().refusal(entry, records) if selected else "too short"
-
-    def _sample(
-        self, bucket: int, entry: Entry, records: list[SampleRecord], refusal: str, members: dict[str, bytes]
-    ) -> VideoSample:
-        try:
-            if refusal:
-                raise BadSample(refusal)
-            return self.load(members, bucket, entry.position, ())
-        except BadSample as error:
-            size = self.sizes[bucket]
-            black_THWC = np.zeros((size.frames, size.height, size.width, 3), np.uint8)
-            bad = Replacement(entry.position, records[0].shard, records[0].key, str(error))
-            return VideoSample(entry.position, black_THWC, "", (bad,))
 
 
 class LatentDataset(_OrderedDataset[LatentSample]):
@@ -239,58 +206,18 @@ class Loader:
         if isinstance(self._dataset, StreamDataset):
             yield from self._streamed(self._dataset)
             return
-        done = 0
-        while done < len(self):
-            death = ""
-            try:
-                for batch in self._batches(range(done, len(self)), self._data):
-                    yield batch
-                    done += 1
-            except _WorkerDied as error:
-                death = str(error)  # the error itself would keep the other workers alive
-            if death:
-                log.warning("%s at micro-batch %d; going on there with new workers", death, done)
-                # those that were under way are read one at a time: should one kill again, it is known which
-                for number in range(done, min(done + self._data.workers * self._data.prefetch, len(self))):
-                    yield self._alone(number)
-                    done += 1
+        yield from read_plan(self._data, self._dataset, self._plan)
 
     def _streamed(self, dataset: StreamDataset) -> Iterator[Batch]:
         try:
-            for part in _read(_data_loader(self._data, dataset, batch_size=None)):
+            for part in read_all(data_loader(self._data, dataset, batch_size=None)):
                 assert isinstance(part, StreamBatch)
                 self._finished += part.finished
                 yield part.batch
-        except _WorkerDied as death:
+        except WorkerDied as death:
             raise Requeue(
                 f"a loader process died ({death}); a stream cannot tell at which sample: if it happens again, index "
                 f"the shards, and data.kind=video finds the sample and goes on without it"
-            ) from None
-
-    def _batches(self, numbers: range, data: DataConfig) -> Iterator[Batch]:
-        return _read(_by_plan(data, self._dataset, _Part(self._plan, numbers)))
-
-    def _alone(self, number: int) -> Batch:
-        """A micro-batch read by a worker of its own; samples that kill even that one are bad from then on."""
-        one = self._data.model_copy(update={"workers": 1, "prefetch": 1})
-        try:
-            return next(self._batches(range(number, number + 1), one))
-        except _WorkerDied:
-            pass
-        for bucket, entry in self._plan[number]:
-            try:
-                next(_read(_by_plan(one, self._dataset, [[(bucket, entry)]])))
-            except _WorkerDied:
-                assert not isinstance(self._dataset, StreamDataset)
-                self._dataset.killers |= {entry.position}
-        try:
-            return next(self._batches(range(number, number + 1), one))
-        except _WorkerDied as death:
-            positions = ", ".join(str(entry.position) for _, entry in self._plan[number])
-            raise Requeue(
-                f"three loader processes died of the micro-batch with positions {positions} ({death}): its samples may "
-                f"not fit in memory together, or one that stood in for another killed too; if it happens again, set "
-                f"fewer data.workers or a smaller batch.micro"
             ) from None
 
 
@@ -373,22 +300,6 @@ def build_validation_loader(
     return Loader(data, dataset, [mine[i : i + micro] for i in range(0, len(mine), micro)], used)
 
 
-def read_videos(data: DataConfig, index: Index, rows: Sequence[int], *, batch: int, seed: int) -> Iterator[VideoBatch]:
-    """The clips of chosen ``rows`` of an index, in that order, with their captions; ``positions`` are the rows.
-
-    For jobs that go over a set once. A row that is bad has one entry in ``replaced`` and black frames; one that the
-    index knows to be too short is not even fetched.
-    """
-    assert data.video is not None
-    assert not data.video.clip.buckets
-    dataset = _ChosenRows(index, data.video, seed=seed)
-    entries = [(0, Entry(row, 0, row)) for row in rows]
-    plan = [entries[i : i + batch] for i in range(0, len(entries), batch)]
-    for clips in Loader(data, dataset, plan, len(rows)):
-        assert isinstance(clips, VideoBatch)
-        yield clips
-
-
 class _Plan(Sequence[list[tuple[int, Entry]]]):
     """The entries of a rank's micro-batches with their bucket, computed when asked for."""
 
@@ -417,56 +328,6 @@ class _Plan(Sequence[list[tuple[int, Entry]]]):
         return [(taken.bucket, entry) for entry in taken.entries]
 
 
-class _Part(Sequence[Any]):
-    """Some of the micro-batches of a plan."""
-
-    def __init__(self, plan: Sequence[Any], numbers: range) -> None:
-        self._plan, self._numbers = plan, numbers
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, i: Any) -> Any:
-        return self._plan[self._numbers[i]]
-
-
-class _WorkerDied(Exception):
-    """A loader process ended by itself: killed for its memory, or by a fault in a codec."""
-
-
-def _read(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The batches of a loader. Raises what a worker met, or `_WorkerDied`."""
-    with _signals_stay_here():
-        batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except (RuntimeError, OSError, EOFError) as error:
-            if loader.num_workers and _tells_of_death(error):
-                raise _WorkerDied((str(error) or type(error).__name__).splitlines()[0]) from None
-            if isinstance(error, OSError):  # of a worker, then its last line says what it was
-                reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-                raise Requeue(f"reading samples failed: {reason}") from error
-            raise
-        if isinstance(batch, Failure):
-            raise batch.error
-        yield batch
-
-
-def _tells_of_death(error: Exception) -> bool:
-    """Whether what waiting for a batch raised means that a worker is dead; torch has no class for it."""
-    if str(error).startswith("Caught "):  # a living worker's own
-        return False
-    if isinstance(error, RuntimeError):
-        return str(error).startswith(_TOLD_OF_DEATH)
-    # one that dies while its batch is handed over breaks the connection, or leaves files that cannot be opened
-    if isinstance(error, OSError) and not isinstance(error, ConnectionError):
-        return error.errno in (None, errno.ENOENT, errno.EBADF)
-    return True
-
-
 class _StreamPositions(Sequence[list[int]]):
     """The positions of a rank's micro-batches of a stream."""
 
@@ -484,22 +345,6 @@ class _StreamPositions(Sequence[list[int]]):
         return list(range(start, start + self._micro * self._world, self._world))
 
 
-def _too_large(records: Sequence[SampleRecord]) -> str:
-    """Why a sample is too large to be read; empty if it is not."""
-    size = sum(record.size for record in records)
-    return f"{size} bytes exceed the limit of {decode.MAX_BYTES}" if size > decode.MAX_BYTES else ""
-
-
-def _merge(members: Sequence[dict[str, bytes]]) -> dict[str, bytes]:
-    """The members of a sample and of those joined to it; a joined one wins over one of the same name, but for
-    ``.json``, whose fields are put together."""
-    merged = {name: data for one in members for name, data in one.items()}
-    fields = [read_fields(one) for one in members if "json" in one]
-    if len(fields) > 1:
-        merged["json"] = json.dumps({name: value for one in fields for name, value in one.items()}).encode()
-    return merged
-
-
 def _dataset(
     data: DataConfig, sources: Sequence[Source], sizes: Sequence[ClipConfig], *, seed: int, text_dropout: float
 ) -> VideoDataset | LatentDataset:
@@ -509,37 +354,3 @@ def _dataset(
         return LatentDataset(sources, folders, fetcher, seed=seed, text_dropout=text_dropout)
     assert data.video is not None
     return VideoDataset(sources, data.video, sizes, fetcher, seed=seed, text_dropout=text_dropout)
-
-
-def _by_plan(data: DataConfig, dataset: Dataset[Any], plan: Sequence[Any]) -> DataLoader[Any]:
-    return _data_loader(data, dataset, batch_sampler=plan, collate_fn=_collate)
-
-
-def _data_loader(data: DataConfig, dataset: Dataset[Any], **how: Any) -> DataLoader[Any]:
-    if data.workers:
-        # forkserver: a fork of the training process would copy its threads' locks and its accelerator context
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])  # imports torch once, not once a worker
-        how |= {"multiprocessing_context": context, "prefetch_factor": data.prefetch}
-    # a generator of its own, or each iteration would draw from the global one
-    how |= {"generator": torch.Generator(), "pin_memory": torch.cuda.is_available()}
-    return DataLoader(dataset, num_workers=data.workers, **how)
-
-
-@contextlib.contextmanager
-def _signals_stay_here() -> Iterator[None]:
-    """Processes started inside never see the signals that the training process acts on.
-
-    SLURM sends its warnings to every process of a step, and Ctrl-C goes to all of them; a worker that dies of one takes
-    the run with it. A blocked signal stays blocked in children, and here it is delivered as soon as the block ends.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _collate(samples: list[Any]) -> Batch | Failure:
-    failure = next((sample for sample in samples if isinstance(sample, Failure)), None)
-    return failure if failure is not None else collate(samples)

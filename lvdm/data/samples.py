@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -14,6 +15,7 @@ from torch import Tensor
 from lvdm.config import ClipConfig
 from lvdm.data import decode, transforms
 from lvdm.data.batch import LatentBatch, Replacement, VideoBatch
+from lvdm.data.index import SampleRecord
 from lvdm.errors import Requeue, UserError
 
 
@@ -113,3 +115,19 @@ def collate(samples: Sequence[VideoSample] | Sequence[LatentSample]) -> VideoBat
         text_mask_BL=torch.arange(int(lengths_B.max()))[None, :] < lengths_B[:, None],
         replaced=replaced,
     )
+
+
+def too_large(records: Sequence[SampleRecord]) -> str:
+    """Why a sample is too large to be read; empty if it is not."""
+    size = sum(record.size for record in records)
+    return f"{size} bytes exceed the limit of {decode.MAX_BYTES}" if size > decode.MAX_BYTES else ""
+
+
+def merge(members: Sequence[dict[str, bytes]]) -> dict[str, bytes]:
+    """The members of a sample and of those joined to it; a joined one wins over one of the same name, but for
+    ``.json``, whose fields are put together."""
+    merged = {name: data for one in members for name, data in one.items()}
+    fields = [transforms.read_fields(one) for one in members if "json" in one]
+    if len(fields) > 1:
+        merged["json"] = json.dumps({name: value for one in fields for name, value in one.items()}).encode()
+    return merged

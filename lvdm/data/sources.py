@@ -31,7 +31,10 @@ class Source:
 
     def records(self, bucket: int, place: int) -> list[SampleRecord]:
         """Where the sample lies: in its shard, and in those that are joined."""
-        row = self.selection.rows[bucket][place]
+        return self.at(self.selection.rows[bucket][place])
+
+    def at(self, row: int) -> list[SampleRecord]:
+        """Where the sample of a row of the index lies, as `records`."""
         theirs = [side[rows[row]] for side, rows in zip(self.joined, self.selection.joined, strict=True)]
         return [self.index[row], *theirs]
 

@@ -28,13 +28,11 @@ from lvdm.data.latents import (
 )
 from lvdm.data.loader import (
     VideoDataset,
-    _read,
-    _WorkerDied,
     build_loader,
     build_validation_loader,
-    read_videos,
 )
 from lvdm.data.samples import VideoSample
+from lvdm.data.workers import WorkerDied, read_all
 from lvdm.data.writer import ShardSample
 from lvdm.errors import Requeue, UserError
 from tests.data.conftest import SAMPLES, write_set
@@ -342,15 +340,6 @@ def test_bad_latents_are_replaced(latent_shards: str, tmp_path: Path) -> None:
         assert text in reasons[key]
 
 
-def test_chosen_rows_are_read_in_order(samples: list[ShardSample], tmp_path: Path) -> None:
-    mixed = [*samples[:3], ShardSample("bad", {"mp4": b"junk", "txt": b"x"}, {}), *samples[4:9]]
-    index = open_index([write_set(tmp_path, mixed)])
-    batches = list(read_videos(video_data(str(tmp_path)), index, [5, 3, 1], batch=2, seed=0))
-    assert [batch.positions for batch in batches] == [[5, 3], [1]]
-    assert batches[0].captions[0] == samples[5].meta["caption"]
-    assert [(entry.position, entry.key) for batch in batches for entry in batch.replaced] == [(3, "bad")]
-
-
 @pytest.fixture
 def fetched(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The keys of the samples that this process fetches at once."""
@@ -363,20 +352,6 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     monkeypatch.setattr(Fetcher, "samples", spy)
     return calls
-
-
-def test_chosen_rows_that_are_bad_have_no_substitutes(
-    samples: list[ShardSample], fetched: list[list[str]], tmp_path: Path
-) -> None:
-    mixed = [ShardSample(f"bad{i}", {"mp4": b"junk", "txt": b"x"}, {}) for i in range(18)]
-    mixed += told_to_be_short(samples[:3], {1})
-    data = video_data(write_set(tmp_path, mixed))
-    index = open_index([str(tmp_path)])
-    (batch,) = read_videos(data, index, range(21), batch=21, seed=0)
-    assert [entry.position for entry in batch.replaced] == [*range(18), 19]
-    assert batch.replaced[-1].reason == "too short"
-    assert fetched == [[index[row].key for row in range(21) if row != 19]]
-    assert [row for row in range(21) if batch.frames_BCTHW[row].any()] == [18, 20]
 
 
 def test_a_sample_that_is_too_large_is_bad_before_it_is_fetched(
@@ -526,13 +501,13 @@ class Handover:
 @pytest.mark.parametrize(
     ("error", "outcome", "message"),
     [
-        (EOFError(), _WorkerDied, "EOFError"),
-        (ConnectionResetError(104, "reset"), _WorkerDied, "reset"),
-        (FileNotFoundError(2, "no socket"), _WorkerDied, "no socket"),
-        (OSError("got end of file during message"), _WorkerDied, "end of file"),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), _WorkerDied, "pid 7"),
+        (EOFError(), WorkerDied, "EOFError"),
+        (ConnectionResetError(104, "reset"), WorkerDied, "reset"),
+        (FileNotFoundError(2, "no socket"), WorkerDied, "no socket"),
+        (OSError("got end of file during message"), WorkerDied, "end of file"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), WorkerDied, "pid 7"),
         (OSError(12, "Cannot allocate memory"), Requeue, "Cannot allocate memory"),
-        (OSError(), _WorkerDied, "OSError"),
+        (OSError(), WorkerDied, "OSError"),
         (EOFError("Caught EOFError in DataLoader worker process 0."), EOFError, "Caught"),
         (RuntimeError("Caught RuntimeError in DataLoader worker process 0."), RuntimeError, "Caught"),
         (ConnectionError("Caught ConnectionError in DataLoader worker process 0.\nC: x\n"), Requeue, "C: x$"),
@@ -541,7 +516,7 @@ class Handover:
 def test_what_waiting_for_a_worker_may_raise(error: Exception, outcome: type[Exception], message: str) -> None:
     loader: Any = Handover(error)
     with pytest.raises(outcome, match=message):
-        next(_read(loader))
+        next(read_all(loader))
 
 
 def test_the_memory_of_workers_stays_flat_over_ten_thousand_clips(shards: str) -> None:
