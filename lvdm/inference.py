@@ -8,15 +8,18 @@ clips_BTHWC = model.sample(["a red circle moves left"], seeds=[0])
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lvdm.config import (
+    DiffusersVAE,
     LatentDiffusionTraining,
     ModelScopeUNetConfig,
     OwnVAE,
+    Scaling,
     SpaceTimeUNetConfig,
     TextUNetConfig,
     VAEConfig,
@@ -36,6 +39,7 @@ from lvdm.models.frozen import (
     FrozenVAE,
     OwnFrozenVAE,
     load_text_encoder,
+    stated_scaling,
 )
 from lvdm.models.video_autoencoder import VideoAutoencoder
 from lvdm.storage import local_folder, sha256_of
@@ -72,32 +76,70 @@ def own_vae_weights(config: OwnVAE) -> Path:
     return path
 
 
-def read_scaling(config: VAEConfig, default: tuple[float, float] = (1.0, 0.0)) -> tuple[float, float]:
-    """Scale and shift of the latents of a VAE: the UNet sees ``scale * (latent + shift)``. Raises `UserError`."""
-    if not isinstance(config, OwnVAE):
-        return config.scale, config.shift
-    if not config.scaling:
-        return default
-    try:
-        tree = json.loads(Path(config.scaling).read_text(encoding="utf-8"))
-        return float(tree["scale"]), float(tree["shift"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"vae.scaling {config.scaling} gives no scale and shift: {error}") from None
+def read_scaling(
+    config: VAEConfig, default: Callable[[], tuple[Scaling, Scaling]] | None = None
+) -> tuple[Scaling, Scaling]:
+    """Scale and shift of the latents of a VAE: the UNet sees ``scale * (latent + shift)``.
+
+    Args:
+        default: tells what holds where the config says nothing of them.
+    Raises:
+        UserError: the file that it names gives none.
+    """
+    if config.scaling:
+        try:
+            return scaling_from(json.loads(Path(config.scaling).read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"vae.scaling {config.scaling} gives no scale and shift: {error}") from None
+    stated = isinstance(config, DiffusersVAE) and (config.scale is not None or config.shift is not None)
+    if default is not None and not stated:
+        return default()
+    return stated_scaling(config) if isinstance(config, DiffusersVAE) else (1.0, 0.0)
+
+
+def scaling_from(tree: Mapping[str, Any]) -> tuple[Scaling, Scaling]:
+    """``scale`` and ``shift`` as JSON has them: numbers, or lists of one a channel.
+
+    Raises:
+        KeyError, TypeError, ValueError: there are none.
+    """
+    scale, shift = (
+        tuple(float(part) for part in value) if isinstance(value, list) else float(value)
+        for value in (tree["scale"], tree["shift"])
+    )
+    return scale, shift
 
 
 def load_vae(
-    config: VAEConfig, device: torch.device, dtype: torch.dtype, scaling: tuple[float, float] | None = None
+    config: VAEConfig, device: torch.device, dtype: torch.dtype, scaling: tuple[Scaling, Scaling] | None = None
 ) -> FrozenVAE:
     """The frozen VAE that a config names, ready on ``device``.
 
     Args:
         scaling: scale and shift that override the config's.
     Raises:
-        UserError: it cannot be found or read, or is no autoencoder.
+        UserError: it cannot be found or read, is no autoencoder, or has other channels than its scale and shift.
     """
-    if not isinstance(config, OwnVAE):
-        return DiffusersFrozenVAE.load(config, device, dtype)
-    scale, shift = scaling or read_scaling(config)
+    scaling = scaling or read_scaling(config)
+    vae = (
+        _load_own_vae(config, device, dtype, scaling)
+        if isinstance(config, OwnVAE)
+        else DiffusersFrozenVAE.load(config, device, dtype, scaling)
+    )
+    check_scaling(scaling, vae.latent_channels)
+    return vae
+
+
+def check_scaling(scaling: tuple[Scaling, Scaling], channels: int) -> None:
+    """Refuse a scale or shift a channel for latents of another number of channels. Raises `UserError`."""
+    for name, value in zip(("scale", "shift"), scaling, strict=True):
+        if isinstance(value, tuple) and len(value) != channels:
+            raise UserError(f"the {name} of the VAE has {len(value)} values, but its latents have {channels} channels")
+
+
+def _load_own_vae(
+    config: OwnVAE, device: torch.device, dtype: torch.dtype, scaling: tuple[Scaling, Scaling]
+) -> FrozenVAE:
     weights = own_vae_weights(config)
     model_config = read_model(config.folder)[0]["model"]
     if model_config.get("kind") != "video_autoencoder":
@@ -105,6 +147,7 @@ def load_vae(
     model = build_model(parse_config(VideoAutoencoderConfig, model_config, source=config.folder), seed=0)
     assert isinstance(model, VideoAutoencoder)
     load_into(model, config.folder)
+    scale, shift = scaling
     return OwnFrozenVAE(model.to(device, dtype), scale=scale, shift=shift, fingerprint=sha256_of(weights))
 
 
@@ -261,7 +304,7 @@ def _load(folder: Path, device: str | torch.device, dtype: torch.dtype) -> Video
         vae_config = vae_config.model_copy(update=place)
     if text_config is not None and (folder / TEXT_FOLDER).is_dir():
         text_config = text_config.model_copy(update={"name": str(folder), "subfolder": TEXT_FOLDER})
-    vae = load_vae(vae_config, where, dtype, scaling=(facts["scale"], facts["shift"]))
+    vae = load_vae(vae_config, where, dtype, scaling=scaling_from(facts))
     text = load_text_encoder(text_config, where, dtype) if text_config else None
     network.to(where, dtype).eval()
     return VideoModel(config, network, vae, text, tuple(facts["latent_shape"]), where, dtype)

@@ -35,6 +35,7 @@ UNUSED_DAYS = 30
 _COPY_BLOCK = 32 << 20
 _REFUSED = (PermissionError, IsADirectoryError)
 _OURS = (TypeError, ValueError, ImportError, NotImplementedError)  # a fault of a call, which no retry mends
+_NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 _ABSENT_STATUS = {404, 410}  # of the answers 400 to 499 of a web server
 _PASSING_STATUS = {408, 425, 429}
 
@@ -58,12 +59,14 @@ def persistently(
     *,
     patient: bool = False,
     ours: tuple[type[Exception], ...] = _OURS,
+    doing: str = "read",
 ) -> T:
     """What ``read`` gives for the file system of ``url`` and the path in it, in several attempts if its store fails.
 
     Args:
         patient: an attempt at a store may take longer than `READ_TIMEOUT`.
         ours: errors that are faults of the call, and are raised as they are.
+        doing: what ``read`` does, for messages.
     Raises:
         Missing: there is no such file or folder.
         UserError: it may not be read.
@@ -78,13 +81,13 @@ def persistently(
             return read(fs, path) if patient else _within(READ_TIMEOUT, lambda: read(fs, path))
         except Exception as error:  # each store's client has error classes of its own
             if _is_absence(error):
-                raise Missing(f"cannot read {url}: {type(error).__name__}; was it moved or deleted?") from None
+                raise Missing(f"cannot {doing} {url}: {type(error).__name__}; was it moved or deleted?") from None
             if isinstance(error, _REFUSED) or _is_refusal(error):
-                raise UserError(f"cannot read {url}: {type(error).__name__}: {error}") from None
+                raise UserError(f"cannot {doing} {url}: {type(error).__name__}: {error}") from None
             if isinstance(error, (UserError, *ours)):
                 raise
             last = error.__cause__ if isinstance(error, FileNotFoundError) else error
-    raise Requeue(f"cannot read {url} after {ATTEMPTS} attempts: {type(last).__name__}: {last}")
+    raise Requeue(f"cannot {doing} {url} after {ATTEMPTS} attempts: {type(last).__name__}: {last}")
 
 
 def _is_absence(error: Exception) -> bool:
@@ -157,7 +160,8 @@ def atomic_file(url: str) -> Iterator[str]:
     """A local path to write to, which becomes ``url`` (any fsspec URL) when the block ends, or nothing if it raises.
 
     Raises:
-        UserError: nothing can be written there.
+        UserError: nothing can be written there, or no more.
+        Requeue: the store did not take it in `ATTEMPTS` attempts.
     """
     fs, target = locate(url)
     local = isinstance(fs, LocalFileSystem)
@@ -179,7 +183,11 @@ def atomic_file(url: str) -> Iterator[str]:
             os.replace(path, target)
             sync(folder)
         else:
-            fs.put_file(path, target)
+            persistently(url, lambda fs, place: fs.put_file(path, place), patient=True, doing="write")
+    except OSError as error:
+        if error.errno in _NO_PLACE:
+            raise UserError(f"cannot write {url}: {os.strerror(error.errno)}") from None
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

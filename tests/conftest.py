@@ -122,9 +122,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     save_model(made.folder / "autoencoder", model.state_dict(), document)
     config = parse_training_config(made.diffusion(made.folder / "run"), source="toy")
     assert isinstance(config, LatentDiffusionTraining)
-    encode_folder(
-        config, made.shards, made.latents, device=torch.device("cpu"), dtype=torch.float32, batch=8, stored="fp32"
-    )
+    encode_folder(config, made.shards, made.latents, device=torch.device("cpu"), dtype=torch.float32)
     return made
 
 

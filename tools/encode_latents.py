@@ -4,18 +4,22 @@
     python tools/encode_latents.py --config configs/t2v_256.yaml --shards data/a/shards --out data/a/latents
 
 Without --shards and --out, every folder of data.video.shards is encoded into the folder of data.latents.shards at the
-same place in the list. A job that was stopped goes on where it was when it is started again, and any number of
-processes, GPUs and nodes work on one --out (a path or URL that all see) when each starts the same command. As a SLURM
-array of 16 workers with a GPU each:
+same place in the list. A job that was stopped goes on where it was when it is started again, shards that changed since
+are encoded again, and any number of processes, GPUs and nodes work on one --out (a path or URL that all see) when each
+starts the same command. As a SLURM array of 16 workers with a GPU each:
 
     sbatch --array=0-15 --gpus=1 --wrap "python tools/encode_latents.py --config configs/t2v_256.yaml"
+
+New captions or another text encoder for latents that are there, to be read with them by `join`:
+
+    python tools/encode_latents.py --config configs/t2v_256.yaml --only text --shards data/a/shards --out data/a/text
 """
 
 from __future__ import annotations
 
 import argparse
 
-from lvdm.config import LatentDiffusionTraining, load_training_config, shard_folders
+from lvdm.config import LatentDiffusionTraining, ShardSet, load_training_config, shard_folders, shard_sets
 from lvdm.errors import UserError, command_line
 
 
@@ -23,10 +27,14 @@ def main() -> None:
     """Parse, pair the folders, encode each pair."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="training config that names clip, vae and text encoder")
-    parser.add_argument("--shards", help="folder of video shards")
+    parser.add_argument("--shards", help="folder of video shards, or of captions for --only text")
     parser.add_argument("--out", help="folder for the latent shards")
-    parser.add_argument("--batch", type=int, default=16, help="clips encoded at once (16)")
+    parser.add_argument("--clips", type=positive, default=1, help="most clips of a video (1)")
     parser.add_argument("--stored", choices=["fp32", "bf16"], default="fp32", help="type on disk (fp32)")
+    parser.add_argument("--only", choices=["latents", "text"], help="what is encoded, if not both")
+    parser.add_argument(
+        "--frames-at-once", type=positive, help="frames in one call of the VAE (as many as fit in memory, up to 128)"
+    )
     parser.add_argument(
         "--lease-seconds", type=float, default=120.0, help="a worker silent for so long has its shard taken over (120)"
     )
@@ -40,30 +48,47 @@ def main() -> None:
         encode_all(config, arguments)
 
 
+def positive(text: str) -> int:
+    """A number above 0. Raises `ValueError`."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
 def encode_all(config: LatentDiffusionTraining, arguments: argparse.Namespace) -> None:
     """Encode each pair of folders with a progress bar, and say what came of it."""
     import torch
 
-    from lvdm.jobs.encode_latents import encode_folder
+    from lvdm.jobs.encode_latents import Settings, encode_folder
     from lvdm.jobs.progress import progress_line
 
     on_gpu = torch.cuda.is_available()
     for source, target in folder_pairs(config, arguments.shards, arguments.out):
-        with progress_line(f"encoding {source}", "clips") as progress:
+        (folder,) = source.folders
+        settings = Settings(
+            stored=arguments.stored,
+            clips=arguments.clips,
+            only=arguments.only,
+            where=source.where,
+            join=source.join,
+            frames_at_once=arguments.frames_at_once,
+        )
+        with progress_line(f"encoding {folder}", "samples") as progress:
             done = encode_folder(
                 config,
-                source,
+                folder,
                 target,
                 device=torch.device("cuda" if on_gpu else "cpu"),
                 dtype=torch.bfloat16 if on_gpu else torch.float32,
-                batch=arguments.batch,
-                stored=arguments.stored,
+                settings=settings,
                 lease_seconds=arguments.lease_seconds,
                 verify=arguments.verify,
                 progress=progress,
             )
         earlier = f", {done.skipped_shards} shards finished earlier" if done.skipped_shards else ""
         print(f"{target}: {done.samples} samples{earlier}, {len(done.failed)} left out as bad")
+        for reason, count in done.passed_over.items():
+            print(f"  {count} samples of {folder} passed over: {reason}")
         for item in done.failed[:10]:
             print(f"  {item.shard} {item.key}: {item.reason}")
         for shard, reason in done.given_up.items():
@@ -74,14 +99,18 @@ def encode_all(config: LatentDiffusionTraining, arguments: argparse.Namespace) -
             )
 
 
-def folder_pairs(config: LatentDiffusionTraining, source: str | None, target: str | None) -> list[tuple[str, str]]:
-    """Source and target folders. Raises `UserError` where they do not pair up."""
+def folder_pairs(config: LatentDiffusionTraining, source: str | None, target: str | None) -> list[tuple[ShardSet, str]]:
+    """Sources of one folder each, and their target folders. Raises `UserError` where they do not pair up."""
     if bool(source) != bool(target):
         raise UserError("give both --shards and --out, or neither")
     if source and target:
-        return [(source, target)]
+        return [(ShardSet(folders=(source,)), target)]
     assert config.data.video is not None
-    videos = shard_folders(config.data.video.shards)
+    videos = [
+        one.model_copy(update={"folders": (folder,)})
+        for one in shard_sets(config.data.video.shards)
+        for folder in one.folders
+    ]
     latents = shard_folders(config.data.latents.shards) if config.data.latents else []
     if len(videos) != len(latents):
         raise UserError(

@@ -1,9 +1,13 @@
-"""Make video shards with index. One sub-command for each kind of source:
+"""Make shards with index. One sub-command for each kind of source:
 
 python tools/make_shards.py shapes  --out data/shapes
 python tools/make_shards.py footage --out data/footage --size 64
 python tools/make_shards.py folder  --out data/mine --videos ~/clips
 python tools/make_shards.py list    --out data/mine --file clips.csv --clip-seconds 4
+
+and one for captions and other fields of samples that are in shards already, as shards to be joined to theirs:
+
+python tools/make_shards.py captions --file captions.jsonl --shards data/mine --out data/mine_captions
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import argparse
 
 from lvdm.errors import command_line
-from lvdm.jobs import make_shards
+from lvdm.jobs import caption_shards, make_shards
 from lvdm.jobs.progress import progress_line
 
 
@@ -46,6 +50,19 @@ def _videos(arguments: argparse.Namespace) -> None:
         print(f"  {without} of {len(sources)} videos have no caption")
 
 
+def _captions(arguments: argparse.Namespace) -> None:
+    captions = caption_shards.read_captions(arguments.file, arguments.caption_column)
+    with progress_line("captions", "samples") as progress:
+        made = caption_shards.make_caption_shards(
+            arguments.out, captions, arguments.shards, only_listed=arguments.only_listed, progress=progress
+        )
+    print(f"{made.folder}: {made.samples} samples in {made.shards} shards, {made.listed} listed, {made.texts} captions")
+    if made.bare:
+        print(f"  {made.bare} samples have no row, the first: {', '.join(made.first_bare)}")
+    if made.strangers:
+        print(f"  {made.strangers} rows match no sample, the first: {', '.join(made.first_strangers)}")
+
+
 def _tell(made: make_shards.ShardSet) -> None:
     print(f"{made.folder}: {made.samples} clips in {made.shards} shards, {made.bytes / 1e6:.1f} MB")
     if made.failed:
@@ -70,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     shapes.add_argument("--seed", type=int, default=0, help="draws sizes, starts, speeds and shades (%(default)s)")
     shapes.set_defaults(run=_shapes)
 
-    listed = kinds.add_parser("list", help="videos listed in a CSV, JSONL or Parquet file")
+    listed = kinds.add_parser("list", help="videos listed in a CSV, TSV, JSONL or Parquet file")
     listed.add_argument("--file", required=True, help="columns: path or url, caption, start, end, and any metadata")
     listed.add_argument("--video-column", default="", help="column of the path or URL (path, url or video)")
     listed.add_argument("--caption-column", default="", help="column of the caption (caption or text)")
@@ -87,6 +104,16 @@ def _parser() -> argparse.ArgumentParser:
     for command, count in ((shapes, 256), (listed, 1000), (folder, 1000), (footage, 1000)):
         command.add_argument("--out", required=True, help="folder to write, or any fsspec URL")
         command.add_argument("--shard-size", type=int, default=count, help="videos of one shard (%(default)s)")
+
+    captions = kinds.add_parser("captions", help="captions and other fields of samples that are in shards already")
+    captions.add_argument("--file", required=True, help="columns: key, caption, any fields, shard if keys need it")
+    captions.add_argument("--caption-column", default="", help="column of the caption (caption or text)")
+    captions.add_argument("--shards", required=True, help="indexed folder of the samples, or any fsspec URL of one")
+    captions.add_argument("--out", required=True, help="folder to write, or any fsspec URL")
+    captions.add_argument(
+        "--only-listed", action="store_true", help="leave out samples without a row; the join leaves them out too"
+    )
+    captions.set_defaults(run=_captions)
     return parser
 
 

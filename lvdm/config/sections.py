@@ -14,6 +14,8 @@ from lvdm.config.models import ModelScopeUNetConfig, SpaceTimeUNetConfig, UNetCo
 from lvdm.errors import UserError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Scaling = float | tuple[float, ...]
+"""Scale or shift of latents: one for all channels or one a channel."""
 
 
 class RunConfig(Section):
@@ -229,7 +231,8 @@ class DataConfig(Section):
     """``video``: decode indexed shards; ``latents``: read pre-encoded latents; ``stream``: webdataset's streaming
     pipeline over ``video.shards`` (no index needed, resume by whole shards)."""
     video: VideoSource | None = None
-    """The video shards, for kinds ``video`` and ``stream``."""
+    """The video shards, for kinds ``video`` and ``stream``. For ``latents`` it says how they must have been encoded,
+    with which weights captions are drawn, and the batch sizes of buckets."""
     latents: LatentSource | None = None
     """The latent shards, for kind ``latents``."""
     workers: NonNegativeInt = 2
@@ -259,15 +262,6 @@ class DataConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _latents_have_one_size(self) -> DataConfig:
-        if self.kind == "latents" and self.video is not None and self.video.clip.buckets:
-            raise ValueError(
-                "kind=latents reads one size, as it was encoded, so leave out data.video.clip.buckets; each size is "
-                "encoded into a folder of its own"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _stream_has_no_index(self) -> DataConfig:
         if self.kind == "stream" and self.video is not None:
             given = {"data.video.clip.buckets": self.video.clip.buckets, "data.contiguous": self.contiguous > 1}
@@ -288,7 +282,8 @@ class OwnVAE(Section):
     folder: str
     """Exported folder (``model.safetensors`` and ``config.json``)."""
     scaling: str = ""
-    """JSON file with ``scale`` and ``shift``, such as the ``latents.json`` of encoded latents; empty: 1 and 0."""
+    """JSON file with ``scale`` and ``shift``, such as the ``latents.json`` of encoded latents; empty: 1 and 0, with
+    ``data.kind=latents`` those of its ``latents.json``."""
 
 
 class DiffusersVAE(Section):
@@ -300,10 +295,19 @@ class DiffusersVAE(Section):
     """Folder or hub name."""
     subfolder: str = ""
     """Subfolder in it, such as ``vae``."""
-    scale: Annotated[float, Field(gt=0)] = 0.18215
-    """The UNet sees ``scale * (latent + shift)``."""
-    shift: float = 0.0
+    scale: Annotated[float, Field(gt=0)] | None = None
+    """The UNet sees ``scale * (latent + shift)``. By default Stable Diffusion's, 0.18215 and 0, with
+    ``data.kind=latents`` those of its ``latents.json``."""
+    shift: float | None = None
     """See ``scale``."""
+    scaling: str = ""
+    """JSON file with ``scale`` and ``shift``, in place of these."""
+
+    @model_validator(mode="after")
+    def _one_scaling(self) -> DiffusersVAE:
+        if self.scaling and (self.scale is not None or self.shift is not None):
+            raise ValueError("scaling names a file with scale and shift: leave these out")
+        return self
 
 
 VAEConfig = Annotated[OwnVAE | DiffusersVAE, Field(discriminator="kind")]

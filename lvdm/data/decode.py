@@ -14,9 +14,9 @@ bytes, packets and pixels, not of seconds, so that the outcome is the same on a 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Literal, cast
 
@@ -65,7 +65,33 @@ class VideoInfo:
     """Gives the seconds at which the frames are shown, in order, while the file is being decoded."""
 
 
+@dataclass(frozen=True)
+class Cut:
+    """What of a video makes a clip."""
+
+    indices: Sequence[int]
+    """Frame numbers from 0, in the order wanted."""
+    place: tuple[float, float] = CENTER
+    """Where a random crop lies, from 0 to 1 down and across."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A clip and where it comes from."""
+
+    frames_THWC: np.ndarray
+    """uint8 RGB."""
+    cut: Cut
+    fit: Fit
+    """How the first of its frames was made to fit."""
+    info: VideoInfo
+    """Of the whole video; ``times`` is not to be asked for."""
+    seconds: tuple[float, float] | None
+    """When the first and the last frame of the clip are shown; None where the file does not say, as of images."""
+
+
 Indices = Sequence[int] | Callable[[VideoInfo], Sequence[int]]
+_Scaled = tuple[int, np.ndarray, tuple[int, int]]  # number of a frame, its scaled pixels, height and width it had
 
 
 def footage(members: Mapping[str, bytes]) -> bytes | list[bytes]:
@@ -127,70 +153,125 @@ def decode_frames(
         BadSample: not a video, damaged where it is needed, too short, or beyond the budgets.
         UserError: the decoder is not installed.
     """
+
+    def cuts(info: VideoInfo) -> list[Cut]:
+        return [Cut(indices(info) if callable(indices) else indices, place)]
+
+    return decode_clips(data, cuts, height, width, resize, decoder=decoder)[0].frames_THWC
+
+
+def decode_clips(
+    data: bytes | Sequence[bytes],
+    cuts: Callable[[VideoInfo], Sequence[Cut]],
+    height: int,
+    width: int,
+    resize: Resize = "crop",
+    *,
+    decoder: Decoder = "pyav",
+) -> list[Decoded]:
+    """Decode several clips out of one listing of a video's packets; those near each other in one go.
+
+    Args:
+        cuts: chooses them from the header.
+        data, height, width, resize, decoder: as for `decode_frames`, which tells what is raised.
+    """
     if not isinstance(data, bytes):
         info = VideoInfo(len(data), 0.0, 0, 0, 0.0)
-        wanted = list(indices(info) if callable(indices) else indices)
+        chosen = cuts(info)
+        wanted = {index for cut in chosen for index in cut.indices}
         _check_range(wanted, len(data))
-        frames = {i: images.decode(data[i], height, width, resize, place, MAX_FRAME_PIXELS) for i in set(wanted)}
-        return np.stack([frames[index] for index in wanted])
+        pictures = _images(data, sorted(wanted), height, width, resize)
+        return _gather(pictures, chosen, info, lambda _: None, height, width, resize)
     with _opened(data) as (container, stream):
         info = _info(container, stream)
-        wanted = list(indices(info) if callable(indices) else indices)
+        chosen = cuts(info)
+        wanted = {index for cut in chosen for index in cut.indices}
         listed = _Packets(container, stream, max(wanted))
         _check_range(wanted, len(listed))
         if decoder == "torchcodec" and listed.stamped:
             from lvdm.data import decode_torchcodec
 
-            listed.check_budget(set(wanted))
-            return decode_torchcodec.decode(data, wanted, height, width, resize, place, _aspect(stream))
-        frames_THWC = np.empty((len(wanted), height, width, 3), np.uint8)
-        for number, frame_HWC in _fitted(listed, stream, set(wanted), height, width, resize, place):
-            for row, index in enumerate(wanted):
-                if index == number:
-                    frames_THWC[row] = frame_HWC
-    return frames_THWC
+            clips = [sorted(set(cut.indices)) for cut in chosen]
+            for clip in clips:
+                listed.check_budget(set(clip))
+            pictures = decode_torchcodec.decode(data, clips, height, width, resize, _aspect(stream))
+        else:
+            groups = listed.together([set(cut.indices) for cut in chosen])
+            pictures = (one for group in groups for one in _scaled(listed, stream, group, height, width, resize))
+        return _gather(pictures, chosen, info, listed.second, height, width, resize)
 
 
 def iterate_frames(data: bytes | Sequence[bytes], span: range, height: int, width: int) -> Iterator[np.ndarray]:
     """The frames of ``span`` one by one, uint8 RGB ``[H, W, 3]``, resized as by ``crop``. Raises as `decode_frames`."""
     if not isinstance(data, bytes):
         _check_range(span, len(data))
-        for index in span:
-            yield images.decode(data[index], height, width, "crop", CENTER, MAX_FRAME_PIXELS)
+        for _, scaled_HWC, shown in _images(data, span, height, width, "crop"):
+            yield fit(*shown, height, width, "crop").apply(scaled_HWC)
         return
     with _opened(data) as (container, stream):
         _info(container, stream)
         listed = _Packets(container, stream, max(span))
         _check_range(span, len(listed))
-        for _, frame_HWC in _fitted(listed, stream, set(span), height, width, "crop", CENTER):
-            yield frame_HWC
+        for _, scaled_HWC, shown in _scaled(listed, stream, set(span), height, width, "crop"):
+            yield fit(*shown, height, width, "crop").apply(scaled_HWC)
 
 
-def _check_range(wanted: Sequence[int], frames: int) -> None:
+def _check_range(wanted: Collection[int], frames: int) -> None:
     if max(wanted) >= frames:
         raise BadSample(f"frame {max(wanted)} is missing: the file holds {frames} frames")
 
 
-def _fitted(
-    listed: _Packets,
-    stream: VideoStream,
-    wanted: set[int],
+def _gather(
+    pictures: Iterable[_Scaled],
+    cuts: Sequence[Cut],
+    info: VideoInfo,
+    second: Callable[[int], float | None],
     height: int,
     width: int,
     resize: Resize,
-    place: tuple[float, float],
-) -> Iterator[tuple[int, np.ndarray]]:
-    """The wanted frames and their numbers, in order, upright and of the size asked for; views of FFmpeg's memory."""
+) -> list[Decoded]:
+    """Clips out of frames as they come; ``second`` tells when a frame is shown."""
+    clips_NTHWC = [np.empty((len(cut.indices), height, width, 3), np.uint8) for cut in cuts]
+    fits: dict[int, Fit] = {}
+    for number, scaled_HWC, shown in pictures:
+        for clip, cut in enumerate(cuts):
+            if number not in cut.indices:
+                continue
+            how = fit(*shown, height, width, resize, cut.place)
+            if number == cut.indices[0]:
+                fits[clip] = how
+            for row, index in enumerate(cut.indices):
+                if index == number:
+                    clips_NTHWC[clip][row] = how.apply(scaled_HWC)
+    decoded = []
+    for clip, (cut, frames_THWC) in enumerate(zip(cuts, clips_NTHWC, strict=True)):
+        how = fits[clip]
+        start, end = second(cut.indices[0]), second(cut.indices[-1])
+        span = None if start is None or end is None else (start, end)
+        whole = replace(info, height=how.from_height, width=how.from_width)
+        decoded.append(Decoded(frames_THWC, cut, how, whole, span))
+    return decoded
+
+
+def _images(data: Sequence[bytes], wanted: Iterable[int], height: int, width: int, resize: Resize) -> Iterator[_Scaled]:
+    for number in wanted:
+        yield number, *images.decode(data[number], height, width, resize, MAX_FRAME_PIXELS)
+
+
+def _scaled(
+    listed: _Packets, stream: VideoStream, wanted: set[int], height: int, width: int, resize: Resize
+) -> Iterator[_Scaled]:
+    """The wanted frames in order, upright and scaled as `fit` says, but not yet cut; views of FFmpeg's memory."""
     reformatter = VideoReformatter()
     for number, frame in listed.decode(wanted):
-        shown_height, shown_width = _shown(frame, stream)
-        how: Fit = fit(shown_height, shown_width, height, width, resize, place)
+        shown = _shown(frame, stream)
+        how = fit(*shown, height, width, resize)
         turns = round(frame.rotation / 90)
-        scaled = (how.width, how.height) if turns % 2 == 0 else (how.height, how.width)
-        rgb = reformatter.reformat(frame, width=scaled[0], height=scaled[1], format="rgb24", threads=1)
-        plane, size = rgb.planes[0], (rgb.height, rgb.width, 3)
-        pixels_HWC: np.ndarray = np.ndarray(size, np.uint8, memoryview(plane), strides=(plane.line_size, 3, 1))
-        yield number, how.apply(np.rot90(pixels_HWC, turns))
+        size = (how.width, how.height) if turns % 2 == 0 else (how.height, how.width)
+        rgb = reformatter.reformat(frame, width=size[0], height=size[1], format="rgb24", threads=1)
+        plane, shape = rgb.planes[0], (rgb.height, rgb.width, 3)
+        pixels_HWC: np.ndarray = np.ndarray(shape, np.uint8, memoryview(plane), strides=(plane.line_size, 3, 1))
+        yield number, np.rot90(pixels_HWC, turns), shown
 
 
 def _shown(frame: av.VideoFrame, stream: VideoStream) -> tuple[int, int]:
@@ -260,6 +341,8 @@ class _Packets:
 
     def __init__(self, container: InputContainer, stream: VideoStream, last: int) -> None:
         self._stream = stream
+        self._rate = stream.average_rate or stream.guessed_rate
+        self._unit = stream.time_base
         self._packets: list[_Timed] = []
         self.stamped: bool = container.format.name != "avi" or stream.codec_context.name in _IN_ORDER
         container.seek(0)
@@ -283,19 +366,30 @@ class _Packets:
         return len(self._times)
 
     def seconds(self) -> list[float]:
-        """When each frame is shown."""
-        rate = self._stream.average_rate or self._stream.guessed_rate
-        unit = self._stream.time_base
-        if self.stamped and unit:
-            return [float(time * unit) for time in self._times]
-        return [float(number / rate) if rate else 0.0 for number in range(len(self._times))]
+        """When each frame is shown; zeros if nothing tells."""
+        return [self.second(number) or 0.0 for number in range(len(self._times))]
+
+    def second(self, number: int) -> float | None:
+        """When frame ``number`` is shown; None if nothing tells."""
+        if self.stamped and self._unit:
+            return float(self._times[number] * self._unit)
+        return float(number / self._rate) if self._rate else None
+
+    def together(self, clips: Sequence[set[int]]) -> list[set[int]]:
+        """The frames of ``clips``, those that are decoded in one go together: no clip that it pays to jump to."""
+        groups: list[set[int]] = []
+        for clip in sorted(clips, key=min):
+            if groups and (not self.stamped or self._key_before(min(clip)) <= self._packet_of(max(groups[-1]))):
+                groups[-1] |= clip
+            else:
+                groups.append(set(clip))
+        return groups
 
     def check_budget(self, wanted: set[int]) -> None:
         """Raises `BadSample` if getting at the ``wanted`` frames takes too many pixels."""
         first, last = 0, max(wanted)
         if self.stamped:
-            first, time = self._key_before(min(wanted)), self._times[last]
-            last = next(i for i, (own, _) in enumerate(self._packets) if own == time)
+            first, last = self._key_before(min(wanted)), self._packet_of(last)
         self._spend(last + 1 - first)
 
     def decode(self, wanted: set[int]) -> Iterator[tuple[int, av.VideoFrame]]:
@@ -354,6 +448,10 @@ class _Packets:
     def _spend(self, packets: int) -> None:
         if packets * self._stream.width * self._stream.height > MAX_DECODED_PIXELS:
             raise BadSample(f"decoding this clip exceeds the limit of {MAX_DECODED_PIXELS} pixels")
+
+    def _packet_of(self, number: int) -> int:
+        """The packet of frame ``number``."""
+        return next(i for i, (time, _) in enumerate(self._packets) if time == self._times[number])
 
     def _key_before(self, number: int) -> int:
         """The last packet from which decoding gives frame ``number``."""

@@ -6,7 +6,7 @@ and the budgets are those of `lvdm.data.decode`, which looks at the file first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -21,32 +21,38 @@ from lvdm.errors import BadSample, UserError
 
 def decode(
     data: bytes,
-    indices: Sequence[int],
+    clips: Sequence[Sequence[int]],
     height: int,
     width: int,
     resize: Resize,
-    place: tuple[float, float],
     aspect: Fraction,
-) -> np.ndarray:
-    """Frames by their numbers, uint8 RGB ``[T, height, width, 3]``; ``aspect`` is that of a pixel as shown.
+) -> Iterator[tuple[int, np.ndarray, tuple[int, int]]]:
+    """The frames of each of some clips by their numbers, uint8 RGB ``[H, W, 3]``, scaled as `fit` says, not yet cut.
 
+    Args:
+        aspect: of a pixel as shown, its width over its height.
+    Yields:
+        the number, the frame, and the height and width that it had as shown.
     Raises:
         BadSample: they do not decode, or are larger than the limit, whatever the header said.
         UserError: TorchCodec is not installed, or finds no FFmpeg.
     """
-    decoder = _decoder()
-    try:
-        frames_TCHW = decoder(data, seek_mode="exact", num_ffmpeg_threads=1).get_frames_at(list(indices)).data
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise BadSample(f"not decodable: {type(error).__name__}: {str(error).strip().splitlines()[0]}") from None
-    tall, wide = frames_TCHW.shape[2:]
-    if tall * wide > MAX_FRAME_PIXELS:
-        raise BadSample(f"a frame of {wide}x{tall} exceeds the limit of {MAX_FRAME_PIXELS} pixels")
-    how = fit(tall, max(round(wide * aspect), 1), height, width, resize, place)
-    size = [how.height, how.width]
-    # one by one, as before they are cut they may be large
-    scaled = (resized(frame, size, InterpolationMode.BILINEAR, antialias=True) for frame in frames_TCHW)
-    return np.stack([how.apply(frame.permute(1, 2, 0).contiguous().numpy()) for frame in scaled])
+    kind, decoder = _decoder(), None
+    for indices in clips:
+        try:
+            decoder = decoder or kind(data, seek_mode="exact", num_ffmpeg_threads=1)
+            frames_TCHW = decoder.get_frames_at(list(indices)).data
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise BadSample(f"not decodable: {type(error).__name__}: {str(error).strip().splitlines()[0]}") from None
+        tall, wide = frames_TCHW.shape[2:]
+        if tall * wide > MAX_FRAME_PIXELS:
+            raise BadSample(f"a frame of {wide}x{tall} exceeds the limit of {MAX_FRAME_PIXELS} pixels")
+        shown = tall, max(round(wide * aspect), 1)
+        how = fit(*shown, height, width, resize)
+        # one by one, as before they are cut they may be large
+        for number, frame_CHW in zip(indices, frames_TCHW, strict=True):
+            scaled = resized(frame_CHW, [how.height, how.width], InterpolationMode.BILINEAR, antialias=True)
+            yield number, scaled.permute(1, 2, 0).contiguous().numpy(), shown
 
 
 def _decoder() -> Any:

@@ -19,6 +19,9 @@ MAX_SCALED_PIXELS = 1 << 26
 class Fit:
     """A picture is scaled to ``height`` x ``width`` pixels, and then cut or padded to the size it shall have."""
 
+    from_height: int
+    """Of the picture; so is ``from_width``."""
+    from_width: int
     height: int
     width: int
     target_height: int
@@ -27,6 +30,19 @@ class Fit:
     """Rows cut off above; negative: black ones added."""
     left: int
     """Columns cut off at the left; negative: black ones added."""
+
+    @property
+    def seen(self) -> tuple[float, float, float, float]:
+        """Top, left, height and width of what is seen of the picture, in pixels of its own."""
+        down, across = (self.from_height, self.height), (self.from_width, self.width)
+        lengths = (
+            (max(self.top, 0), down),
+            (max(self.left, 0), across),
+            (min(self.height, self.target_height), down),
+            (min(self.width, self.target_width), across),
+        )
+        top, left, height, width = (pixels * whole / scaled for pixels, (whole, scaled) in lengths)
+        return top, left, height, width
 
     def apply(self, scaled_HWC: np.ndarray) -> np.ndarray:
         """The scaled picture, cut and padded."""
@@ -56,7 +72,7 @@ def fit(
         BadSample: the picture is so thin that it would be scaled to more than `MAX_SCALED_PIXELS`.
     """
     if resize == "squash":
-        return Fit(height, width, height, width, 0, 0)
+        return Fit(from_height, from_width, height, width, height, width, 0, 0)
     ratios = height / from_height, width / from_width
     if resize == "pad":
         scale = min(ratios)
@@ -74,4 +90,4 @@ def fit(
         top, left = (int((pixels + 1) * draw) for pixels, draw in zip(spare, place, strict=True))
     else:
         top, left = (int(pixels / 2) for pixels in spare)
-    return Fit(*scaled, height, width, top, left)
+    return Fit(from_height, from_width, *scaled, height, width, top, left)

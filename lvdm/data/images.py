@@ -23,20 +23,21 @@ _FRAME = re.compile(rf"(\d{{1,9}})\.(?:{'|'.join(IMAGE_EXTENSIONS)})", re.ASCII)
 _FAULTS = (OSError, ValueError, SyntaxError, struct.error, IndexError, KeyError, Image.DecompressionBombError)
 
 
-def decode(
-    data: bytes, height: int, width: int, resize: Resize, place: tuple[float, float], max_pixels: int
-) -> np.ndarray:
-    """One image, upright, uint8 RGB ``[height, width, 3]``; what is transparent is black.
+def decode(data: bytes, height: int, width: int, resize: Resize, max_pixels: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """One image, upright, uint8 RGB ``[H, W, 3]``, scaled as `fit` says but not yet cut; what is transparent is black.
 
+    Returns:
+        with the height and width that it had.
     Raises:
         BadSample: no image of these formats, damaged, of more than 8 bits, or of more than ``max_pixels``.
     """
     with _opened(data, max_pixels) as image:
-        how = fit(image.height, image.width, height, width, resize, place)
+        shown = image.height, image.width
+        how = fit(*shown, height, width, resize)
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
         scaled = image.convert("RGB").resize((how.width, how.height), Image.Resampling.BILINEAR)
-    return how.apply(np.asarray(scaled))
+    return np.asarray(scaled), shown
 
 
 def size_of(data: bytes, max_pixels: int) -> tuple[int, int]:

@@ -1,30 +1,30 @@
 """The shard format of pre-encoded clips: everything a later run must know travels with the bytes.
 
-A sample ``{key}`` has the members
+A sample ``{key}`` has the members, in this order,
 
-* ``{key}.latent.safetensors``: ``moments`` ``[2C, T, H, W]``, mean and log-variance of the posterior, fp32 or bf16
-* ``{key}.text.safetensors``: ``states`` ``[L, D]``, text states at the caption's true length L
-* ``{key}.txt`` and ``{key}.json``: caption and metadata
+* ``{key}.json`` and ``{key}.txt``: metadata with what was encoded and how (``encoded``), and the first caption
+* ``{key}.P-I.text.safetensors``: ``states`` ``[L, D]`` of caption I of place P, at its true length L
+* ``{key}.N.latent.safetensors``: ``moments`` ``[2C, T, H, W]`` of clip N, mean and log-variance of the posterior
 
 and a folder of shards has ``latents.json`` (`LatentSetInfo`) and ``unconditional.safetensors`` (``states`` of the empty
 caption). Moments are stored unscaled and unsampled: scale, shift and posterior noise are applied when they are read.
+A folder may hold text states alone, to be joined to one of latents, or latents alone.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lvdm.config import ClipConfig, Section
+from lvdm.config import ClipConfig, Scaling, Section
 from lvdm.config.base import NonNegativeInt, PositiveInt
 from lvdm.errors import BadSample, UserError
 from lvdm.storage import Missing, atomic_file, read_file
@@ -33,8 +33,8 @@ INFO_NAME = "latents.json"
 UNCONDITIONAL_NAME = "unconditional.safetensors"
 LARGEST_MEAN = 1e3
 """Means beyond this come from a broken encoder; such samples are bad."""
-
-Scaling = float | tuple[float, ...]
+LARGEST_LOG_VARIANCE = 100.0
+"""As `LARGEST_MEAN`, either way; a posterior takes log variances of -30 to 20 as they are."""
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BUILD = "make it with: python tools/encode_latents.py"
@@ -93,14 +93,27 @@ class LatentSetInfo(Section):
     """Type of the stored moments and states."""
     compute: Literal["fp32", "bf16"] = "fp32"
     """Type that the encoders computed in."""
-    batch: PositiveInt = 1
-    """Clips in one call of the autoencoder, which decides the last bits."""
+    frames_at_once: PositiveInt = 16
+    """Frames in one call of the autoencoder (whole clips of them, for one that sees a clip as a whole), captions in one
+    of the text encoder; it decides the last bits."""
     shapes: tuple[tuple[int, int, int, int], ...]
     """C, T, H, W of the latents of each of ``clip.sizes``; empty in a folder of text states alone."""
     samples: int
     """Samples in the folder."""
     lvdm_version: str
     """Version of the code that wrote it."""
+
+    @model_validator(mode="after")
+    def _a_shape_a_size(self) -> LatentSetInfo:
+        wanted = len(self.clip.sizes) if self.vae else 0
+        if len(self.shapes) != wanted:
+            raise ValueError(f"{len(self.shapes)} shapes instead of {wanted}")
+        return self
+
+    @property
+    def places(self) -> list[str]:
+        """Where captions came from, in the order of their numbers; empty for the one place of `read_caption`."""
+        return [name for name, weight in self.captions.items() if weight > 0]
 
 
 def latent_member(clip: int) -> str:
@@ -114,25 +127,43 @@ def text_member(place: int, item: int) -> str:
     return f"{place}-{item}.text.safetensors"
 
 
-def write_latent_set(folder: str, info: LatentSetInfo, unconditional_LD: Tensor) -> None:
-    """Write the two files that describe the latent shards in ``folder`` (any fsspec URL)."""
-    with atomic_file(f"{folder}/{UNCONDITIONAL_NAME}") as path:
-        Path(path).write_bytes(_pack("states", unconditional_LD, info.dtype))
+def write_latent_set(folder: str, info: LatentSetInfo, unconditional_LD: Tensor | None) -> None:
+    """Write the files that describe the latent shards in ``folder`` (any fsspec URL).
+
+    Args:
+        unconditional_LD: states of the empty caption; none in a folder without text states.
+    """
+    assert (unconditional_LD is None) == (info.text is None)
+    if unconditional_LD is not None:
+        with atomic_file(f"{folder}/{UNCONDITIONAL_NAME}") as path:
+            Path(path).write_bytes(pack_text(unconditional_LD, info.dtype))
     with atomic_file(f"{folder}/{INFO_NAME}") as path:
         Path(path).write_text(info.model_dump_json(indent=2), encoding="utf-8")
 
 
 def read_latent_set(folder: str) -> LatentSetInfo:
-    """Read ``latents.json`` of a folder of latent shards (any fsspec URL). Raises `UserError` and `Requeue`."""
-    folder = folder.rstrip("/")
+    """Read ``latents.json`` of a folder of latent shards (any fsspec URL).
+
+    Raises:
+        Missing: there is none.
+        UserError: it is of another version, or damaged.
+        Requeue: the store does not answer.
+    """
+    url = f"{folder.rstrip('/')}/{INFO_NAME}"
     try:
-        return LatentSetInfo.model_validate_json(read_file(f"{folder}/{INFO_NAME}"))
+        tree = json.loads(read_file(url))
     except Missing:
-        raise UserError(f"{folder} holds no latents ({INFO_NAME} is missing); {_BUILD}") from None
+        raise Missing(f"{folder.rstrip('/')} holds no latents ({INFO_NAME} is missing); {_BUILD}") from None
+    except ValueError as error:
+        raise UserError(f"{url} is damaged: {error}; {_BUILD}") from None
+    if isinstance(tree, dict) and tree.get("version") == 1:
+        raise UserError(f"{url} is of version 1, which this lvdm does not read; encode the videos again: {_BUILD}")
+    try:
+        return LatentSetInfo.model_validate(tree)
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(map(str, fault["loc"])) or "the file"
-        raise UserError(f"{folder}/{INFO_NAME}: {where}: {fault['msg']}") from None
+        raise UserError(f"{url}: {where}: {fault['msg']}") from None
 
 
 def read_unconditional(folder: str) -> Tensor:
@@ -146,52 +177,85 @@ def read_unconditional(folder: str) -> Tensor:
         raise UserError(f"{url} is damaged: {error}; {_BUILD}") from None
 
 
-def agreed_latent_set(folders: Sequence[str]) -> LatentSetInfo:
-    """The info that all ``folders`` share, with their samples added up.
+def settings_difference(a: LatentSetInfo, b: LatentSetInfo) -> str:
+    """The first setting that decides what two folders hold and is not the same, with both values, as
+    ``text.max_length: 16, not 8``; empty if there is none."""
+    return first_difference(content_settings(a), content_settings(b))
+
+
+def content_settings(info: LatentSetInfo) -> dict[str, str]:
+    """What decides the content of a folder, by dotted name. Names of models do not: their digests tell."""
+    free = {"samples", "lvdm_version", "scale", "shift", "shapes", "clip", "captions"}
+    settings = _flat(info.model_dump(mode="json", exclude=free))
+    settings = {name: value for name, value in settings.items() if name not in ("vae.name", "text.name")}
+    places = ", ".join(info.places) or "txt, else caption"
+    return settings | {f"clip.{name}": value for name, value in clip_settings(info.clip).items()} | {"captions": places}
+
+
+def clip_settings(clip: ClipConfig) -> dict[str, str]:
+    """What of a clip's settings decides the clips, by name; batch sizes of buckets do not."""
+    sizes = sorted(f"{size.frames}x{size.height}x{size.width}" for size in clip.sizes)
+    unused = {"buckets", "frames", "height", "width"} if clip.buckets else {"buckets"}
+    rest = _flat(clip.model_dump(mode="json", exclude=unused))
+    return {"buckets": ", ".join(sizes) if clip.buckets else "none", **rest}
+
+
+def first_difference(a: dict[str, str], b: dict[str, str]) -> str:
+    """The first name under which two mappings differ, with both values; empty if there is none."""
+    for name in [*a, *(name for name in b if name not in a)]:
+        if a.get(name) != b.get(name):
+            return f"{name}: {a.get(name, 'none')}, not {b.get(name, 'none')}"
+    return ""
+
+
+def pack_latent(moments_CTHW: Tensor, dtype: Literal["fp32", "bf16"]) -> bytes:
+    """The member that holds a clip's moments ``[2C, T, H, W]``."""
+    return _pack("moments", moments_CTHW, dtype)
+
+
+def pack_text(states_LD: Tensor, dtype: Literal["fp32", "bf16"]) -> bytes:
+    """The member that holds a caption's states ``[L, D]``, which have its true length."""
+    return _pack("states", states_LD, dtype)
+
+
+def unpack_latent(data: bytes, info: LatentSetInfo) -> Tensor:
+    """Moments ``[2C, T, H, W]`` of a clip, fp32.
 
     Raises:
-        UserError: naming the first field in which two of them differ.
+        BadSample: they are damaged, of another shape than ``info`` says, or `fault_of_moments`.
     """
-    infos = [read_latent_set(folder) for folder in folders]
-    for folder, info in zip(folders[1:], infos[1:], strict=True):
-        field = _first_difference(infos[0], info)
-        if field:
-            raise UserError(f"{folders[0]} and {folder} cannot be trained on together: {field} of {INFO_NAME} differs")
-    return infos[0].model_copy(update={"samples": sum(info.samples for info in infos)})
+    moments_CTHW = _unpack("moments", data, 4)
+    wanted = [[2 * channels, *rest] for channels, *rest in info.shapes]
+    if list(moments_CTHW.shape) not in wanted:
+        listed = " or ".join(map(str, wanted))
+        raise BadSample(f"moments of shape {list(moments_CTHW.shape)} instead of {listed}")
+    fault = fault_of_moments(moments_CTHW)
+    if fault:
+        raise BadSample(fault)
+    return moments_CTHW
 
 
-def encode_latent(
-    moments_CTHW: Tensor, states_LD: Tensor, caption: str, dtype: Literal["fp32", "bf16"]
-) -> dict[str, bytes]:
-    """The members of one sample by extension; ``states_LD`` at the caption's true length."""
-    return {
-        LATENT_MEMBER: _pack("moments", moments_CTHW, dtype),
-        TEXT_MEMBER: _pack("states", states_LD, dtype),
-        "txt": caption.encode(),
-    }
-
-
-def decode_latent(members: dict[str, bytes], info: LatentSetInfo) -> tuple[Tensor, Tensor]:
-    """Moments ``[2C, T, H, W]`` and text states ``[L, D]`` of one sample, both fp32.
-
-    Raises:
-        BadSample: a member is missing or damaged, of another shape than ``info`` says, or holds values out of bounds.
-    """
-    for extension in (LATENT_MEMBER, TEXT_MEMBER):
-        if extension not in members:
-            raise BadSample(f"no .{extension} member")
-    moments_CTHW = _unpack("moments", members[LATENT_MEMBER], 4)
-    states_LD = _unpack("states", members[TEXT_MEMBER], 2)
-    channels, *rest = info.shape
-    if list(moments_CTHW.shape) != [2 * channels, *rest]:
-        raise BadSample(f"moments of shape {list(moments_CTHW.shape)} instead of {[2 * channels, *rest]}")
+def unpack_text(data: bytes, info: LatentSetInfo) -> Tensor:
+    """Text states ``[L, D]`` of a caption, fp32. Raises `BadSample` as `unpack_latent` does."""
+    assert info.text is not None
+    states_LD = _unpack("states", data, 2)
     if not 0 < len(states_LD) <= info.text.max_length or states_LD.shape[1] != info.text.dim:
         raise BadSample(f"text states of shape {list(states_LD.shape)}")
-    if not (math.isfinite(_largest(moments_CTHW)) and math.isfinite(_largest(states_LD))):
-        raise BadSample("not all values are finite")
-    if _largest(moments_CTHW[:channels]) > LARGEST_MEAN:
-        raise BadSample(f"a mean exceeds {LARGEST_MEAN:g}")
-    return moments_CTHW, states_LD
+    if not math.isfinite(_largest(states_LD)):
+        raise BadSample("not all text states are finite")
+    return states_LD
+
+
+def fault_of_moments(moments_CTHW: Tensor) -> str:
+    """Why moments are bad: not finite or absurd; empty if they are fine."""
+    mean, log_variance = (_largest(part) for part in moments_CTHW.float().chunk(2))
+    if not math.isfinite(mean + log_variance):
+        return "not all values of the latent are finite"
+    if mean > LARGEST_MEAN:
+        return f"a mean of the latent exceeds {LARGEST_MEAN:g}"
+    if log_variance > LARGEST_LOG_VARIANCE:
+        return f"a log variance of the latent exceeds {LARGEST_LOG_VARIANCE:g}"
+    return ""
 
 
 def _pack(name: str, tensor: Tensor, dtype: str) -> bytes:
@@ -203,8 +267,8 @@ def _unpack(name: str, data: bytes, ndim: int) -> Tensor:
         tensor = load(data)[name]
     except (SafetensorError, KeyError, ValueError) as error:
         raise BadSample(f"not the safetensors expected: {error}") from None
-    if tensor.ndim != ndim:
-        raise BadSample(f"{name} of shape {list(tensor.shape)}")
+    if tensor.ndim != ndim or not tensor.is_floating_point():
+        raise BadSample(f"{name} of shape {list(tensor.shape)} and type {tensor.dtype}")
     return tensor.float()
 
 
@@ -214,18 +278,12 @@ def _largest(tensor: Tensor) -> float:
     return float(torch.maximum(low.abs(), high.abs()))
 
 
-def _first_difference(a: Section, b: Section) -> str:
-    one, two = _flat(a), _flat(b)
-    # names are where the weights were found, not what they are: the digests tell
-    ignored = {"samples", "lvdm_version", "vae.name", "text.name"}
-    return next((name for name in one if name not in ignored and one[name] != two[name]), "")
-
-
-def _flat(section: Section) -> dict[str, str]:
+def _flat(tree: dict[str, Any]) -> dict[str, str]:
+    """Values of a nested mapping as text, by dotted name; a mapping that may be absent is there under its own name."""
     flat: dict[str, str] = {}
-    for name, value in section.model_dump(mode="json").items():
+    for name, value in tree.items():
         if isinstance(value, dict):
-            flat |= {f"{name}.{inner}": json.dumps(v) for inner, v in value.items()}
+            flat |= {name: "given"} | {f"{name}.{inner}": text for inner, text in _flat(value).items()}
         else:
-            flat[name] = json.dumps(value)
+            flat[name] = value if isinstance(value, str) else "none" if value is None else json.dumps(value)
     return flat

@@ -13,11 +13,15 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
+import torch
+
 from lvdm.config import ClipConfig, DataConfig, VideoSource
 from lvdm.data import latents, transforms
 from lvdm.data.batch import LatentBatch, Replacement, VideoBatch
 from lvdm.data.fetch import Fetcher
 from lvdm.data.index import SampleRecord
+from lvdm.data.latent_sets import EncodedSet, open_latent_sets, shapes_of, sizes_to_read
+from lvdm.data.latents import LatentSetInfo
 from lvdm.data.order import Entry, Order, sample_at, share
 from lvdm.data.samples import Failure, LatentSample, VideoSample, collate, load_clip, merge, too_large
 from lvdm.data.sources import Course, Source, open_course, open_sources
@@ -31,6 +35,8 @@ S = TypeVar("S", VideoSample, LatentSample)
 SUBSTITUTES = 16
 """Samples tried in place of a bad one before the set is given up."""
 
+_LATENT, _TEXT = ".latent.safetensors", ".text.safetensors"
+
 
 class _OrderedDataset(PlannedDataset, Generic[S]):
     """The sample of each (bucket, entry) of the order, or its substitute."""
@@ -41,10 +47,7 @@ class _OrderedDataset(PlannedDataset, Generic[S]):
     def __getitems__(self, items: Sequence[tuple[int, Entry]]) -> list[S | Failure]:
         """The samples of a micro-batch, whose bytes are fetched together."""
         try:
-            records = [
-                self.wanted(self.sources[entry.source].records(bucket, entry.place), entry.position)
-                for bucket, entry in items
-            ]
+            records = [self.wanted(entry.source, bucket, entry.place, entry.position) for bucket, entry in items]
             refusals = [self.refusal(item, found) for item, found in zip(items, records, strict=True)]
             members = self._fetch([found for found, refusal in zip(records, refusals, strict=True) if not refusal])
             return [
@@ -54,9 +57,9 @@ class _OrderedDataset(PlannedDataset, Generic[S]):
         except (UserError, Requeue) as error:
             return [Failure(error)]
 
-    def wanted(self, records: list[SampleRecord], position: int) -> list[SampleRecord]:
-        """What is read of a sample for ``position``: all of it, unless a set says better."""
-        return records
+    def wanted(self, source: int, bucket: int, place: int, position: int) -> list[SampleRecord]:
+        """What is read of a source's sample for ``position``: all of it, unless a set says better."""
+        return self.sources[source].records(bucket, place)
 
     @abstractmethod
     def load(self, members: dict[str, bytes], bucket: int, position: int, replaced: tuple[Replacement, ...]) -> S:
@@ -82,13 +85,12 @@ class _OrderedDataset(PlannedDataset, Generic[S]):
         self, bucket: int, entry: Entry, records: list[SampleRecord], refusal: str, members: dict[str, bytes]
     ) -> S:
         """The sample of an entry, of ``members`` if there is no ``refusal``; else, or if they are bad, a substitute."""
-        source = self.sources[entry.source]
-        places = len(source.selection.rows[bucket])
+        places = len(self.sources[entry.source].selection.rows[bucket])
         replaced: tuple[Replacement, ...] = ()
         for attempt in range(SUBSTITUTES + 1):
             if attempt:  # substitutes come from orders of their own, so that neighbours do not share one
                 place = sample_at(entry.position, places, self.seed + attempt, shuffle=True)
-                records = self.wanted(source.records(bucket, place), entry.position)
+                records = self.wanted(entry.source, bucket, place, entry.position)
                 refusal = too_large(records)
                 members = {} if refusal else next(self._fetch([records]))
             try:
@@ -137,22 +139,66 @@ class VideoDataset(_OrderedDataset[VideoSample]):
 
 
 class LatentDataset(_OrderedDataset[LatentSample]):
-    """Pre-encoded clips."""
+    """Pre-encoded clips, of one size a bucket: of each sample one clip and one caption, which its position draws."""
 
     def __init__(
-        self, sources: Sequence[Source], folders: Sequence[str], fetcher: Fetcher, *, seed: int, text_dropout: float
+        self,
+        sources: Sequence[Source],
+        sets: Sequence[EncodedSet],
+        sizes: Sequence[ClipConfig],
+        captions: Mapping[str, float] | None,
+        fetcher: Fetcher,
+        *,
+        seed: int,
+        text_dropout: float,
     ) -> None:
+        """
+        Args:
+            captions: weights of the places of captions, as in ``data.video.captions``; None: those of the encoding.
+        """
         super().__init__(sources, fetcher, seed=seed, text_dropout=text_dropout)
-        self.info = latents.agreed_latent_set(folders)
-        self.unconditional_LD = latents.read_unconditional(folders[0])
+        self.sets, self.captions = sets, captions
+        self.infos = [sets[0].info.model_copy(update={"shapes": (shape,)}) for shape in shapes_of(sets, sizes)]
+        # without text, what `lvdm.models.frozen.NoText` gives
+        self.unconditional_LD = (
+            torch.zeros(1, 1) if sets[0].text is None else latents.read_unconditional(sets[0].text_folder)
+        )
+
+    def wanted(self, source: int, bucket: int, place: int, position: int) -> list[SampleRecord]:
+        """The members of a clip and of a caption; of the caption none, where its text is dropped or there is none."""
+        one = self.sets[source]
+        records = self.sources[source].records(bucket, place)
+        video = records[one.latents]
+        clips = sum(name.endswith(_LATENT) for name in video.members)
+        clip = latents.latent_member(int(transforms.clip_draws(self.seed, position).start * clips))
+        if clip not in video.members:
+            return [video]
+        chosen = [video.part(clip)]
+        if one.text is not None and not transforms.drops_text(self.seed, position, self.text_dropout):
+            caption = self._caption(one.info, records[one.text], position)
+            chosen += [records[one.text].part(caption)] if caption else []
+        return chosen
+
+    def _caption(self, info: LatentSetInfo, record: SampleRecord, position: int) -> str:
+        """The extension of the states that a position draws among those a sample has; empty if it has none."""
+        places = info.places or [""]
+        weights = (self.captions if self.captions is not None else info.captions) or {"": 1.0}
+        numbers = [places.index(name) for name, weight in weights.items() if weight > 0 and name in places]
+        # in the order of the weights, as captions of videos are drawn
+        counts = [sum(name.startswith(f"{number}-") for name in record.members) for number in numbers]
+        drawn = transforms.draw_caption(counts, [weights[places[number]] for number in numbers], self.seed, position)
+        name = latents.text_member(numbers[drawn[0]], drawn[1]) if drawn else ""
+        return name if name in record.members else ""
 
     def load(
         self, members: dict[str, bytes], bucket: int, position: int, replaced: tuple[Replacement, ...]
     ) -> LatentSample:
-        """Decode one sample. Raises `BadSample`."""
-        moments_CTHW, states_LD = latents.decode_latent(members, self.info)
-        if transforms.drops_text(self.seed, position, self.text_dropout):
-            states_LD = self.unconditional_LD
+        """Unpack one sample. Raises `BadSample`."""
+        clip, text = (next((name for name in members if name.endswith(kind)), "") for kind in (_LATENT, _TEXT))
+        if not clip:
+            raise BadSample(f"no {_LATENT} member")
+        moments_CTHW = latents.unpack_latent(members[clip], self.infos[bucket])
+        states_LD = latents.unpack_text(members[text], self.infos[bucket]) if text else self.unconditional_LD
         return LatentSample(position, moments_CTHW, states_LD, replaced)
 
 
@@ -262,9 +308,18 @@ def build_loader(
             text_dropout=data.text_dropout,
         )
         return Loader(data, streamed, positions, 0, stream=stream)
-    sizes = data.video.clip.sizes if data.kind == "video" and data.video is not None else []
-    course = open_course(data, sizes, seed=seed, batch=batch, step=first_step, state=state, check=rank == 0)
-    dataset = _dataset(data, course.sources, sizes, seed=seed, text_dropout=data.text_dropout)
+    encoded: list[EncodedSet] = []
+    if data.kind == "latents":
+        assert data.latents is not None
+        encoded = open_latent_sets(data.latents.shards)
+        sizes = sizes_to_read(encoded, data.video.clip if data.video else None)
+    else:
+        assert data.video is not None
+        sizes = data.video.clip.sizes
+    course = open_course(
+        data, sizes, seed=seed, batch=batch, step=first_step, state=state, check=rank == 0, encoded=encoded
+    )
+    dataset = _dataset(data, course.sources, encoded, sizes, seed=seed, text_dropout=data.text_dropout)
     accumulation = batch // (world * micro)
     plan = _Plan(course.order, course.state["batches"], accumulation, world, rank, first_step, steps)
     samples = sum(len(source.selection) for source in course.sources)
@@ -282,11 +337,14 @@ def build_validation_loader(
     Raises:
         UserError: as `build_loader`, or they are too few for a micro-batch on every rank.
     """
-    sizes = []
-    if data.kind != "latents":
+    encoded: list[EncodedSet] = []
+    if data.kind == "latents":
+        encoded = open_latent_sets(shards)
+        sizes = sizes_to_read(encoded, data.video.clip.sizes[0] if data.video else None)
+    else:
         assert data.video is not None
         sizes = [data.video.clip.sizes[0].model_copy(update={"start": "center", "flip": 0.0})]
-    sources = open_sources(shards, sizes, check=rank == 0)
+    sources = open_sources(shards, sizes, check=rank == 0, encoded=encoded)
     available = min(samples, len(sources[0].selection))
     at_once = micro * world
     if available < at_once:
@@ -294,7 +352,7 @@ def build_validation_loader(
             f"validation has {available} samples, fewer than batch.micro x ranks = {at_once}; "
             f"raise validation.samples or add shards"
         )
-    dataset = _dataset(data, sources, sizes, seed=seed, text_dropout=0.0)
+    dataset = _dataset(data, sources, encoded, sizes, seed=seed, text_dropout=0.0)
     used = available // at_once * at_once
     mine = [(0, Entry(position, 0, position)) for position in range(rank, used, world)]
     return Loader(data, dataset, [mine[i : i + micro] for i in range(0, len(mine), micro)], used)
@@ -346,11 +404,17 @@ class _StreamPositions(Sequence[list[int]]):
 
 
 def _dataset(
-    data: DataConfig, sources: Sequence[Source], sizes: Sequence[ClipConfig], *, seed: int, text_dropout: float
+    data: DataConfig,
+    sources: Sequence[Source],
+    encoded: Sequence[EncodedSet],
+    sizes: Sequence[ClipConfig],
+    *,
+    seed: int,
+    text_dropout: float,
 ) -> VideoDataset | LatentDataset:
     fetcher = Fetcher(int(data.cache_gb * 1e9))
     if data.kind == "latents":
-        folders = [folder for source in sources for folder in source.index.folders]
-        return LatentDataset(sources, folders, fetcher, seed=seed, text_dropout=text_dropout)
+        captions = data.video.captions if data.video else None
+        return LatentDataset(sources, encoded, sizes, captions, fetcher, seed=seed, text_dropout=text_dropout)
     assert data.video is not None
     return VideoDataset(sources, data.video, sizes, fetcher, seed=seed, text_dropout=text_dropout)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import cast
 
@@ -67,29 +68,34 @@ def load_clip(
         BadSample: none of these, too short, or damaged where it is needed.
         UserError: the decoder is not installed.
     """
-    draws = transforms.clip_draws(seed, position)
-
-    def indices(info: decode.VideoInfo) -> list[int]:
-        if clip.fps is None or clip.frames == 1:
-            return transforms.clip_indices(info.frames, clip, draws.start)
-        times = info.times() or transforms.times_of_images(members, info.frames)
-        return transforms.clip_indices_at(times, clip, draws.start)
-
-    frames_THWC = decode.decode_frames(
-        decode.footage(members),
-        indices,
-        clip.height,
-        clip.width,
-        clip.resize,
-        place=(draws.down, draws.across),
-        decoder=decoder,
-    )
-    if draws.flip < clip.flip:
-        frames_THWC = transforms.mirror(frames_THWC)
+    (decoded,) = cut_clips(members, clip, [transforms.clip_draws(seed, position)], decoder)
     caption = ""
     if not transforms.drops_text(seed, position, text_dropout):
         caption = transforms.choose_caption(members, captions, seed, position)
-    return VideoSample(position, frames_THWC, caption, replaced)
+    return VideoSample(position, decoded.frames_THWC, caption, replaced)
+
+
+def cut_clips(
+    members: Mapping[str, bytes], clip: ClipConfig, draws: Sequence[transforms.Draws], decoder: decode.Decoder = "pyav"
+) -> list[decode.Decoded]:
+    """As many clips of a sample's members as there are draws, or as `lvdm.data.transforms.several_clips` finds; those
+    that their draws say are mirrored. Raises as `load_clip` does."""
+
+    def cuts(info: decode.VideoInfo) -> list[decode.Cut]:
+        if clip.fps is None or clip.frames == 1:
+            indices = partial(transforms.clip_indices, info.frames)
+        else:
+            times = info.times() or transforms.times_of_images(members, info.frames)
+            indices = partial(transforms.clip_indices_at, times)
+        found = transforms.several_clips(indices, clip, [draw.start for draw in draws])
+        return [decode.Cut(numbers, (draw.down, draw.across)) for numbers, draw in zip(found, draws, strict=False)]
+
+    footage = decode.footage(members)
+    clips = decode.decode_clips(footage, cuts, clip.height, clip.width, clip.resize, decoder=decoder)
+    return [
+        replace(one, frames_THWC=transforms.mirror(one.frames_THWC)) if transforms.mirrors(draw, clip) else one
+        for one, draw in zip(clips, draws, strict=False)
+    ]
 
 
 def collate(samples: Sequence[VideoSample] | Sequence[LatentSample]) -> VideoBatch | LatentBatch:

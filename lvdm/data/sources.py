@@ -15,6 +15,7 @@ from typing import Any
 
 from lvdm.config import ClipConfig, DataConfig, ShardSet, shard_sets
 from lvdm.data.index import Index, SampleRecord, open_index
+from lvdm.data.latent_sets import EncodedSet
 from lvdm.data.order import Era, Order
 from lvdm.data.select import Selection, select
 from lvdm.errors import UserError
@@ -53,25 +54,48 @@ class Course:
     """What is left out of the sets, and what changed since the run began."""
 
 
-def open_sources(shards: Sequence[str | ShardSet], sizes: Sequence[ClipConfig], check: bool = True) -> list[Source]:
+def open_sources(
+    shards: Sequence[str | ShardSet],
+    sizes: Sequence[ClipConfig],
+    check: bool = True,
+    encoded: Sequence[EncodedSet] = (),
+) -> list[Source]:
     """The sets that a ``shards`` setting names.
 
     Args:
         sizes: sizes of clips that share the samples out.
         check: whether the shards are held against their indexes.
+        encoded: of latents, what each set holds: its samples have one of the sizes already.
     Raises:
         UserError: a folder, index or shard is missing or stale, or nothing is left of a set.
     """
     sources = []
-    for one in shard_sets(shards):
+    for number, one in enumerate(shard_sets(shards)):
         index = open_index(one.folders, check)
         joined = tuple(open_index([folder], check) for folder in one.join)
-        selection = select(index, one.where, sizes, joined)
+        if encoded:
+            selection = _select_encoded(index, one, sizes, joined, encoded[number])
+        else:
+            selection = select(index, one.where, sizes, joined)
         if not len(selection):
             reasons = "; ".join(f"{count} by {reason}" for reason, count in selection.removed.items())
             raise UserError(f"no samples are left of the {len(index)} in {', '.join(one.folders)}: {reasons}")
         sources.append(Source(index, joined, selection))
     return sources
+
+
+def _select_encoded(
+    index: Index, one: ShardSet, sizes: Sequence[ClipConfig], joined: Sequence[Index], encoded: EncodedSet
+) -> Selection:
+    """The rows that were encoded as each size."""
+    if len(sizes) == len(encoded.shapes) == 1:
+        return select(index, one.where, (), joined)
+    found = [select(index, (*one.where, *encoded.where(size)), (), joined) for size in sizes]
+    about_size = {str(condition) for size in sizes for condition in encoded.where(size)}
+    removed = {reason: count for reason, count in found[0].removed.items() if reason not in about_size}
+    rows = tuple(selection.rows[0] for selection in found)
+    others = len(index) - sum(removed.values()) - sum(map(len, rows))
+    return Selection(rows, found[0].joined, removed | ({"encoded as clips of another size": others} if others else {}))
 
 
 def open_course(
@@ -83,6 +107,7 @@ def open_course(
     step: int = 0,
     state: Mapping[str, Any] | None = None,
     check: bool = True,
+    encoded: Sequence[EncodedSet] = (),
 ) -> Course:
     """The sources of a data config in the order that step ``step`` of the run goes on in.
 
@@ -90,14 +115,15 @@ def open_course(
         sizes: sizes of clips, one a bucket.
         batch: samples of a step, where a bucket does not say.
         state: `Course.state` of the run so far.
+        check, encoded: as `open_sources` takes them.
     Raises:
         UserError: as `open_sources`, or no source has a weight above 0.
     """
     setting = data.latents if data.kind == "latents" else data.video
     assert setting is not None
     sets = shard_sets(setting.shards)
-    sources = open_sources(setting.shards, sizes, check)
-    buckets = data.video.clip.buckets if data.kind == "video" and data.video is not None else ()
+    sources = open_sources(setting.shards, sizes, check, encoded)
+    buckets = data.video.clip.buckets if data.video is not None else ()
     weights = [one.weight for one in sets]
     mixing: dict[str, Any] = {
         "sets": _identified(sets, sources),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,12 +75,38 @@ def clip_indices_at(times: Sequence[float], clip: ClipConfig, draw: float) -> li
     return [_nearest(times, start + number / clip.fps) for number in range(clip.frames)]
 
 
+def several_clips(
+    indices: Callable[[ClipConfig, float], list[int]], clip: ClipConfig, draws: Sequence[float]
+) -> list[list[int]]:
+    """Frame numbers of as many clips of a video as there are draws: with ``start: random`` each where its draw says,
+    else one behind the other, as many as the video has frames for.
+
+    Args:
+        indices: gives those of one clip of the video, by `clip_indices` or `clip_indices_at`.
+    Raises:
+        BadSample: the video is too short for one.
+    """
+    if clip.start == "random":
+        return [indices(clip, draw) for draw in draws]
+    for clips in range(len(draws), 1, -1):
+        with contextlib.suppress(BadSample):  # too short for so many
+            whole = indices(clip.model_copy(update={"frames": clips * clip.frames}), draws[0])
+            return [whole[first : first + clip.frames] for first in range(0, len(whole), clip.frames)]
+    return [indices(clip, draws[0])]
+
+
 def times_of_images(members: Mapping[str, bytes], frames: int) -> list[float]:
     """Seconds at which the images of a sample are shown, by the field ``fps`` of its ``.json``. Raises `BadSample`."""
-    fps = read_fields(members).get("fps")
-    if not isinstance(fps, int | float) or not 0 < fps < 1e6:
+    fps = told_fps(read_fields(members))
+    if not fps:
         raise BadSample("clip.fps needs to know how fast the images follow each other: the .json gives no fps")
     return [number / fps for number in range(frames)]
+
+
+def told_fps(fields: Mapping[str, Any]) -> float:
+    """Frames a second as the fields of a ``.json`` say; 0 if they do not."""
+    fps = fields.get("fps")
+    return fps if isinstance(fps, int | float) and 0 < fps < 1e6 else 0.0
 
 
 def _check_length(video_frames: int, clip: ClipConfig) -> None:
@@ -110,6 +137,11 @@ def drops_text(seed: int, position: int, probability: float) -> bool:
     return bool(generator(seed, position, Purpose.CAPTION).random() < probability)
 
 
+def mirrors(draws: Draws, clip: ClipConfig) -> bool:
+    """Whether a clip is mirrored."""
+    return draws.flip < clip.flip
+
+
 def mirror(frames_THWC: np.ndarray) -> np.ndarray:
     """The frames with left and right exchanged."""
     return frames_THWC[:, :, ::-1]
@@ -123,16 +155,35 @@ def choose_caption(members: Mapping[str, bytes], weights: Mapping[str, float], s
     """
     if not weights:
         return read_caption(members)
+    places = captions_by_place(members, list(weights))
+    drawn = draw_caption([len(texts) for texts in places], list(weights.values()), seed, position)
+    return places[drawn[0]][drawn[1]] if drawn else ""
+
+
+def captions_by_place(members: Mapping[str, bytes], places: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """The captions that a sample has in each of ``places``; without places, in one: that of `read_caption`."""
+    if not places:
+        caption = read_caption(members)
+        return ((caption,) if caption else (),)
     fields = read_fields(members)
-    found = {name: _texts(members, fields, name) for name, weight in weights.items() if weight > 0}
-    there = [name for name, texts in found.items() if texts]
+    return tuple(tuple(_texts(members, fields, name)) for name in places)
+
+
+def draw_caption(counts: Sequence[int], weights: Sequence[float], seed: int, position: int) -> tuple[int, int] | None:
+    """Which caption ``position`` draws: the number of its place, and its own there; None if there is none.
+
+    Args:
+        counts: captions in each place.
+        weights: weight of each place; those of places without captions do not count.
+    """
+    there = [place for place, count in enumerate(counts) if count and weights[place] > 0]
     if not there:
-        return ""
+        return None
     # the first draw decides whether the text is dropped
     _, which, item = generator(seed, position, Purpose.CAPTION).random(3)
-    ends = np.cumsum([weights[name] for name in there])
-    texts = found[there[min(int(np.searchsorted(ends, which * ends[-1], side="right")), len(there) - 1)]]
-    return texts[int(item * len(texts))]
+    ends = np.cumsum([weights[place] for place in there])
+    place = there[min(int(np.searchsorted(ends, which * ends[-1], side="right")), len(there) - 1)]
+    return place, int(item * counts[place])
 
 
 def read_caption(members: Mapping[str, bytes]) -> str:

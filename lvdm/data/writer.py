@@ -76,8 +76,8 @@ def sample_key(shard_id: int, index: int, samples_per_shard: int) -> str:
     return f"{shard_id * 10**digits + index:0{digits + 5}d}"
 
 
-def write_shard(folder: str, shard_id: int, samples: Iterable[ShardSample]) -> ShardStats:
-    """Write one shard into ``folder`` (any fsspec URL; made if missing) and return its stats.
+def write_shard(folder: str, shard: int | str, samples: Iterable[ShardSample]) -> ShardStats:
+    """Write one shard, a number or a name without ``.tar``, into ``folder`` (any fsspec URL; made if missing).
 
     ``samples`` is consumed as a stream; only metadata is held in memory. If it raises, no file of the shard is left.
     """
@@ -86,7 +86,7 @@ def write_shard(folder: str, shard_id: int, samples: Iterable[ShardSample]) -> S
     statuses: Counter[str] = Counter()
     messages: Counter[str] = Counter()
     payload = 0
-    name = f"{folder.rstrip('/')}/{shard_id:05d}"
+    name = f"{folder.rstrip('/')}/{shard if isinstance(shard, str) else f'{shard:05d}'}"
     # fixed owner and time: equal samples give equal bytes
     how = {"encoder": False, "mtime": 0, "user": "lvdm", "group": "lvdm", "format": "PAX_FORMAT"}
     with atomic_file(f"{name}.tar") as path, open(path, "wb") as stream, wds.TarWriter(stream, **how) as tar:

@@ -1,62 +1,79 @@
 """Encode videos and captions once: video shards in, latent shards out, one for one.
 
+    claim a shard (lease) -> loader workers: fetch, decode -> VAE and text encoder -> a thread: pack, write -> manifest
+
 Any number of processes, GPUs and nodes run the same job on one output folder, a path or any fsspec URL, without talking
 to each other: each claims shards by leases (`lvdm.jobs.leases`) and finishes them by manifests
-(`lvdm.jobs.shard_board`).
-
-What was finished stays finished. A shard's bytes depend on its source shard and the settings alone, which are written
-first, so that a folder never mixes two encoders.
+(`lvdm.jobs.shard_board`). A shard's bytes depend on its source shard and the settings alone, which are written first,
+so that a folder never mixes two encoders. A source shard that changed since is encoded again, and one that is gone has
+its latents removed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
-import random
+import shutil
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
+from fsspec.implementations.local import LocalFileSystem
 
 import lvdm
-from lvdm.config import LatentDiffusionTraining
-from lvdm.data.batch import Replacement, VideoBatch
+from lvdm.config import ClipConfig, Condition, LatentDiffusionTraining, Scaling, VideoSource
+from lvdm.data.batch import Replacement
 from lvdm.data.build_index import build_index
-from lvdm.data.fetch import read_sample
-from lvdm.data.index import Index, open_index
+from lvdm.data.index import open_index
 from lvdm.data.latents import (
     LatentSetInfo,
     LatentText,
     LatentVAE,
-    decode_latent,
-    encode_latent,
+    content_settings,
     read_latent_set,
+    settings_difference,
     write_latent_set,
 )
-from lvdm.data.loader import read_videos
-from lvdm.data.writer import ShardSample, write_shard
 from lvdm.errors import UserError
-from lvdm.inference import frames_to_float, load_vae, read_scaling
+from lvdm.inference import read_scaling
+from lvdm.jobs.encoders import Encoders, Part, load_encoders
+from lvdm.jobs.encoding_source import EncodingSource, open_encoding_source
+from lvdm.jobs.encoding_worker import Worker
+from lvdm.jobs.latent_stats import ChannelSums
 from lvdm.jobs.leases import Leases, create
 from lvdm.jobs.progress import Report, silent
-from lvdm.jobs.shard_board import Board
-from lvdm.models.frozen import FrozenTextEncoder, FrozenVAE, NoText, load_text_encoder
-from lvdm.models.video_autoencoder import split_moments
-from lvdm.storage import Missing, locate, persistently, read_file
+from lvdm.jobs.shard_board import MANIFEST, Board, list_files
+from lvdm.jobs.shard_queue import LOOK_EVERY
+from lvdm.storage import Missing, locate, read_file
 
 log = logging.getLogger(__name__)
 
 SETTINGS_NAME = "encoding.json"
 """The settings of an encoding job, written before its first shard."""
 _FINISH = "finish"  # the lease on writing the index
-_NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
-_LOOK_EVERY = 5.0  # seconds between counts of what all workers finished
+_ENDINGS = (MANIFEST, "_stats.json", ".parquet", ".tar")  # of a shard's files; the manifest is the first to go
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a job makes of its source, beside what the training config says."""
+
+    stored: Literal["fp32", "bf16"] = "fp32"
+    """Type of the moments and text states on disk."""
+    clips: int = 1
+    """Most clips of a video: at random places, or one after another where ``clip.start`` is not random."""
+    only: Part | None = None
+    """What is encoded, if not both."""
+    where: tuple[Condition, ...] = ()
+    """Conditions that a sample must meet."""
+    join: tuple[str, ...] = ()
+    """Folders with more members and fields of the same samples, such as other captions."""
+    frames_at_once: int | None = None
+    """Frames in one call of the autoencoder; None takes what the folder was begun with, else what fits in memory."""
 
 
 @dataclass
@@ -67,6 +84,8 @@ class Encoded:
     """Samples in the finished folder."""
     skipped_shards: int = 0
     """Shards that were finished before this process started."""
+    passed_over: dict[str, int] = field(default_factory=dict)
+    """Samples of the source that the index shows to be unfit, by reason."""
     failed: list[Replacement] = field(default_factory=list)
     """Samples left out because their bytes are bad."""
     given_up: dict[str, str] = field(default_factory=dict)
@@ -80,238 +99,190 @@ def encode_folder(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    batch: int,
-    stored: Literal["fp32", "bf16"] = "fp32",
+    settings: Settings = Settings(),
+    encoders: Encoders | None = None,
     lease_seconds: float = 120.0,
     verify: bool = False,
     progress: Report = silent,
 ) -> Encoded:
-    """Encode the video shards in ``source`` into latent shards in ``target``, with the clips, VAE and text encoder of
-    a training config.
+    """Encode the shards in ``source`` into latent shards in ``target``, with the clips, VAE and text encoder of a
+    training config.
 
     Args:
         source, target: folders, paths or any fsspec URLs. Several processes may work on one target.
         dtype: what the VAE and text encoder compute in.
-        batch: clips encoded at once.
-        stored: ``fp32`` or ``bf16``, the type of the moments and text states on disk.
+        encoders: in place of those that the config names.
         lease_seconds: seconds after which another worker takes over the shard of one that is gone.
         verify: whether finished shards are held against their checksums, not their sizes alone.
         progress: told of the samples that all workers have finished, and how many there are.
     Raises:
-        UserError: the source cannot be read, the config has clips of several sizes, or the target holds latents of
-            other settings or cannot be written.
+        UserError: the source cannot be read, a model cannot be loaded, or the target holds latents of other settings or
+            cannot be written.
+        Requeue: a store does not answer; the same command goes on.
     """
     assert config.data.video is not None
-    if config.data.video.clip.buckets:
-        raise UserError(
-            "data.video.clip.buckets: latents of a folder have one size; set data.video.clip.frames, height and width "
-            "instead, and encode each size into a folder of its own"
+    target = target.rstrip("/")
+    sizes = config.data.video.clip.sizes if settings.only != "text" else []
+    shards = open_encoding_source(source, sizes, settings.where, settings.join)
+    encoders = encoders or load_encoders(config, device, dtype, settings.only)
+    info = _claim(target, source, _describe(config, config.data.video, encoders, settings, dtype), encoders, settings)
+    encoders.limit_calls(info.frames_at_once, info.clip.sizes)
+    digest = hashlib.sha256(json.dumps(content_settings(info), sort_keys=True).encode()).hexdigest()
+    board = Board(target, shards.digests(), digest, hashes=verify)
+    board.look()
+    done = Encoded(skipped_shards=len(board.finished), passed_over=shards.source.selection.removed)
+    with Leases(target, lease_seconds) as leases:
+        worker = Worker(config.data, shards, target, info, encoders, board, leases, progress)
+        worker.run()
+        _summarise(done, board, shards, source)
+        if not done.samples:
+            reasons = [*done.given_up.values(), *(item.reason for item in done.failed)]
+            raise UserError(
+                f"none of the {shards.samples} samples in {source} could be encoded; the first: {reasons[0]}"
+            )
+        while not leases.claim(_FINISH):
+            worker.report()
+            time.sleep(min(lease_seconds / 10, LOOK_EVERY))
+        _finish(config, target, info, encoders, board, leases, done.samples)
+    return done
+
+
+def _describe(
+    config: LatentDiffusionTraining,
+    video: VideoSource,
+    encoders: Encoders,
+    settings: Settings,
+    dtype: torch.dtype,
+) -> LatentSetInfo:
+    vae, text = encoders.vae, encoders.text
+    clip = video.clip if vae is not None else ClipConfig()
+    return LatentSetInfo(
+        vae=LatentVAE(
+            kind=config.vae.kind,
+            name=config.vae.folder if config.vae.kind == "lvdm" else config.vae.name,
+            sha256=vae.fingerprint,
         )
-    index = open_index([source])
-    vae = load_vae(config.vae, device, dtype, scaling=(1.0, 0.0))
-    text = load_text_encoder(config.text, device, dtype) if config.text else NoText()
-    clip = config.data.video.clip
-    info = LatentSetInfo(
-        vae=LatentVAE(kind=config.vae.kind, name=_vae_name(config), sha256=vae.fingerprint),
+        if vae is not None
+        else None,
         text=LatentText(
-            name=config.text.name if config.text else "none",
+            name=config.text.name,
             sha256=text.fingerprint,
             max_length=text.max_length,
             dim=text.dim,
             mask_padding=text.mask_padding,
-        ),
-        scale=1.0,
-        shift=0.0,
+        )
+        if text is not None and config.text is not None
+        else None,
         clip=clip,
-        dtype=stored,
-        shape=vae.latent_shape(clip.frames, clip.height, clip.width),
+        clips=settings.clips if vae is not None else 1,
+        captions={name: weight for name, weight in video.captions.items() if weight > 0} if text is not None else {},
+        seed=config.run.seed,
+        dtype=settings.stored,
+        compute="bf16" if dtype == torch.bfloat16 else "fp32",
+        frames_at_once=settings.frames_at_once or 1,
+        shapes=tuple(vae.latent_shape(size.frames, size.height, size.width) for size in clip.sizes) if vae else (),
         samples=0,
         lvdm_version=lvdm.__version__,
     )
-    target = target.rstrip("/")
-    board_settings = _claim(
-        target, info, {"source": source, "batch": batch, "compute": str(dtype), "seed": config.run.seed}
-    )
-    rows = _rows_of(index)
-    board = Board(target, rows, board_settings, hashes=verify)
-    board.look()
-    done = Encoded(skipped_shards=len(board.finished))
-
-    def encode(number: int) -> None:
-        left_out: list[list[Any]] = []
-
-        def report(own: int) -> None:
-            board.look(_LOOK_EVERY)
-            progress(sum(len(rows[n]) for n in board.finished) + own, len(index))
-
-        batches = read_videos(config.data, index, rows[number], batch=batch, seed=config.run.seed)
-        stats = write_shard(target, number, _encode(index, batches, vae, text, info, device, left_out, report))
-        board.finish(number, stats, left_out)
-        report(0)
-
-    with Leases(target, lease_seconds) as leases:
-        _work(board, leases, index, encode)
-        _summarise(done, board, index)
-        if not done.samples:
-            reasons = [*done.given_up.values(), *(str(item) for item in done.failed)]
-            raise UserError(f"none of the {len(index)} samples in {source} could be encoded; the first: {reasons[0]}")
-        while not leases.claim(_FINISH):
-            time.sleep(lease_seconds / 10)
-        if not _described(target, done.samples):
-            build_index(target)
-            scale, shift = _scaling(config, info, target)
-            whole = info.model_copy(update={"scale": scale, "shift": shift, "samples": done.samples})
-            write_latent_set(target, whole, _true_length(text, [""])[0])
-    progress(sum(len(rows[n]) for n in board.finished), len(index))
-    return done
 
 
-def _work(board: Board, leases: Leases, index: Index, encode: Callable[[int], None]) -> None:
-    """Encode shards that nobody else has, until every shard is finished or given up."""
-    while left := board.open:
-        idle = True
-        first = random.SystemRandom().randrange(len(left))  # so that workers do not queue for the same shards
-        for number in [*left[first:], *left[:first]]:
-            name = f"{number:05d}"
-            if number in board.finished or not leases.claim(name):
-                continue
-            try:
-                if not board.is_finished(number):
-                    idle = False
-                    encode(number)
-            except OSError as error:
-                if error.errno in _NO_PLACE:
-                    raise UserError(f"cannot write {board.folder}: {error.strerror}") from None
-                board.fail(number, f"{type(error).__name__}: {error}")
-            except Exception as error:  # whatever it is: the next attempt, perhaps on another node, may do better
-                log.warning("%s failed: %s: %s", index.shards[number], type(error).__name__, error)
-                board.fail(number, f"{type(error).__name__}: {error}")
-            finally:
-                leases.release(name)
-        if idle:
-            time.sleep(min(leases.seconds / 10, _LOOK_EVERY))
-        board.look()
+def _claim(target: str, source: str, info: LatentSetInfo, encoders: Encoders, settings: Settings) -> LatentSetInfo:
+    """Record the settings in a new folder, or take those of a begun one if they are the same. Raises `UserError`."""
+    url = f"{target}/{SETTINGS_NAME}"
+    begun = _read_settings(url)
+    if begun is None and any(not name.startswith(".") for name in list_files(target)):
+        begun = _read_settings(url)  # another process may have begun the folder since
+        if begun is None:
+            raise UserError(f"{target} is not empty and holds no latents; choose another folder")
+    if settings.frames_at_once is None:
+        chosen = begun[1].frames_at_once if begun else encoders.frames_that_fit(info.clip.sizes)
+        info = info.model_copy(update={"frames_at_once": chosen})
+    if begun is None:
+        document = json.dumps({"source": source, "latents": info.model_dump(mode="json")}, indent=1) + "\n"
+        if create(url, document.encode()):
+            return info
+        begun = _read_settings(url)
+        assert begun is not None
+        if settings.frames_at_once is None:
+            info = info.model_copy(update={"frames_at_once": begun[1].frames_at_once})
+    difference = f"source: {begun[0]}, not {source}" if begun[0] != source else settings_difference(begun[1], info)
+    if difference:
+        raise UserError(f"{target} holds latents made with another {difference}; choose another folder")
+    return info
 
 
-def _summarise(done: Encoded, board: Board, index: Index) -> None:
+def _read_settings(url: str) -> tuple[str, LatentSetInfo] | None:
+    """Source and settings of a begun folder. Raises `UserError` if they are damaged."""
+    try:
+        tree = json.loads(read_file(url))
+        return str(tree["source"]), LatentSetInfo.model_validate(tree["latents"])
+    except Missing:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{url} is damaged or of another lvdm; choose another folder") from None
+
+
+def _summarise(done: Encoded, board: Board, shards: EncodingSource, source: str) -> None:
     """What all workers did, from the manifests."""
-    for number, manifest in sorted(board.finished.items()):
+    for name, manifest in sorted(board.finished.items()):
         done.samples += manifest.samples
-        done.failed += [Replacement(row, index.shards[number], key, why) for row, key, why in manifest.left_out]
-    done.given_up = {index.shards[number]: board.reason(number) for number in board.given_up}
+        done.failed += [Replacement(-1, f"{source}/{name}.tar", key, why) for key, why in manifest.left_out]
+    done.given_up = {f"{source}/{name}.tar": board.reason(name) for name in sorted(board.given_up)}
 
 
-def _described(target: str, samples: int) -> bool:
-    """Whether another worker has indexed and described a folder with so many samples."""
+def _finish(
+    config: LatentDiffusionTraining,
+    target: str,
+    info: LatentSetInfo,
+    encoders: Encoders,
+    board: Board,
+    leases: Leases,
+    samples: int,
+) -> None:
+    """Index and describe a folder whose shards are finished, unless another worker has; remove what is of no use."""
+    _tidy(target, set(board.finished))
+    board.summarise()
+    if not _is_described(target, samples):
+        build_index(target)
+        scale, shift = _scaling(config, target, board)
+        whole = info.model_copy(update={"scale": scale, "shift": shift, "samples": samples})
+        unconditional_LD = encoders.states([""])[0].wait() if info.text is not None else None
+        write_latent_set(target, whole, unconditional_LD)
+    leases.sweep()
+
+
+def _is_described(target: str, samples: int) -> bool:
+    """Whether the folder's index and description are those of the shards that are there, so many samples."""
+    locate(target)[0].invalidate_cache()
     with contextlib.suppress(UserError):
-        locate(target)[0].invalidate_cache()
-        return read_latent_set(target).samples == len(open_index([target])) == samples
+        index = open_index([target])
+        tars = sum(name.endswith(".tar") for name in list_files(target))
+        return read_latent_set(target).samples == len(index) == samples and len(index.shards) == tars
     return False
 
 
-def latent_statistics(folder: str, info: LatentSetInfo) -> tuple[float, float]:
-    """Mean and standard deviation of posterior samples over all latents in ``folder``, in one streaming pass."""
-    index = open_index([folder])
-    count, mean, squares = 0, 0.0, 0.0
-    for row in range(len(index)):
-        moments, _ = decode_latent(read_sample(index[row]), info)
-        centre, logvar = (part.double() for part in split_moments(moments[None]))
-        # Chan's merge of two means and sums of squares; a posterior sample adds its own variance.
-        size, part = centre.numel(), float(centre.mean())
-        within = float((centre - part).square().sum() + logvar.exp().sum())
-        total = count + size
-        squares += within + (part - mean) ** 2 * count * size / total
-        mean += (part - mean) * size / total
-        count = total
-    return mean, (squares / count) ** 0.5
-
-
-def _scaling(config: LatentDiffusionTraining, info: LatentSetInfo, target: str) -> tuple[float, float]:
-    """The config's scale and shift; those that make these latents standard where it names a file yet to be written."""
-    own_file = getattr(config.vae, "scaling", "")
-    if config.vae.kind == "diffusers" or (own_file and Path(own_file).is_file()):
+def _scaling(config: LatentDiffusionTraining, target: str, board: Board) -> tuple[Scaling, Scaling]:
+    """Scale and shift: those that the folder or the config already has, else what makes these latents standard."""
+    with contextlib.suppress(UserError):
+        before = read_latent_set(target)
+        return before.scale, before.shift
+    if config.vae.kind == "diffusers" or (config.vae.scaling and Path(config.vae.scaling).is_file()):
         return read_scaling(config.vae)
-    mean, deviation = latent_statistics(target, info)
-    return 1 / deviation, -mean
+    sums = ChannelSums()
+    for _, manifest in sorted(board.finished.items()):
+        if manifest.sums is not None:
+            sums = sums.merge(ChannelSums.from_json(manifest.sums))
+    return sums.scaling() if sums.values else (1.0, 0.0)
 
 
-def _claim(target: str, info: LatentSetInfo, origin: dict[str, Any]) -> str:
-    """Record the settings in a new folder, or check that a begun one has the same; their digest. Raises `UserError`."""
-    latents = info.model_dump(mode="json", exclude={"scale", "shift", "samples"})
-    document = json.dumps({**origin, "latents": latents}, indent=1) + "\n"
-    url = f"{target}/{SETTINGS_NAME}"
-    there = _settings(url)
-    if there is None:
-        try:
-            names = persistently(target, lambda fs, root: list(fs.ls(root, detail=False)))
-        except Missing:
-            names = []
-        # another process may have begun the folder since
-        if names and _settings(url) is None:
-            raise UserError(f"{target} is not empty and holds no latents; choose another folder")
-        there = document if create(url, document.encode()) else _settings(url)
-    if there != document:
-        raise UserError(f"{target} holds latents made with other settings (see {url}); choose another folder")
-    return hashlib.sha256(document.encode()).hexdigest()
-
-
-def _settings(url: str) -> str | None:
-    try:
-        return read_file(url).decode("utf-8", "replace")
-    except Missing:
-        return None
-
-
-def _rows_of(index: Index) -> dict[int, range]:
-    """Rows of each shard that has samples, by its number."""
-    numbers = {shard.name: number for number, shard in enumerate(index.parts[0].shards)}
-    found = [(numbers[name], first) for name, first, _ in index.shard_keys()]
-    ends = [*(first for _, first in found[1:]), len(index)]
-    return {number: range(first, end) for (number, first), end in zip(found, ends, strict=True)}
-
-
-def _encode(
-    index: Index,
-    batches: Iterator[VideoBatch],
-    vae: FrozenVAE,
-    text: FrozenTextEncoder | NoText,
-    info: LatentSetInfo,
-    device: torch.device,
-    left_out: list[list[Any]],
-    report: Callable[[int], None],
-) -> Iterator[ShardSample]:
-    """Encoded samples; row, key and reason of bad ones go to ``left_out``."""
-    count = 0
-    for batch in batches:
-        bad = {item.position: item for item in batch.replaced}
-        moments = vae.encode(frames_to_float(batch.to(device).frames_BCTHW)).float().cpu()
-        states = _true_length(text, batch.captions)
-        for i, row in enumerate(batch.positions):
-            record = index[row]
-            reason = bad[row].reason if row in bad else _fault(moments[i])
-            if reason:
-                left_out.append([row, record.key, reason])
-                yield ShardSample(record.key, {}, status="failed_to_subsample", error_message=reason)
-            else:
-                members = encode_latent(moments[i], states[i], batch.captions[i], info.dtype)
-                yield ShardSample(record.key, members, record.meta)
-        count += len(batch)
-        report(count)
-
-
-def _true_length(text: FrozenTextEncoder | NoText, captions: list[str]) -> list[torch.Tensor]:
-    """Text states ``[L, D]`` of each caption, without its padding where that is masked."""
-    states_BLD, mask_BL = text.encode(captions)
-    kept_B = mask_BL.sum(1).tolist() if text.mask_padding else [states_BLD.shape[1]] * len(captions)
-    return [states[:length].float().cpu() for states, length in zip(states_BLD, kept_B, strict=True)]
-
-
-def _fault(moments: torch.Tensor) -> str:
-    """Why moments must not be stored; empty if they are fine."""
-    if not torch.isfinite(moments).all():
-        return "the latent is not finite"
-    return ""
-
-
-def _vae_name(config: LatentDiffusionTraining) -> str:
-    return config.vae.folder if config.vae.kind == "lvdm" else config.vae.name
+def _tidy(target: str, finished: set[str]) -> None:
+    """Remove shards that are not of this job any more, or were begun and given up, and what killed workers left."""
+    fs, root = locate(target)
+    for ending in _ENDINGS:
+        for name in list_files(target):
+            if name.endswith(ending) and name.removesuffix(ending) not in finished:
+                log.info("removing %s/%s", target, name)
+                fs.rm_file(f"{root}/{name}")
+    if isinstance(fs, LocalFileSystem):
+        for path in Path(root).glob(".writing-*"):  # all shards are finished: nobody needs it
+            shutil.rmtree(path, ignore_errors=True)

@@ -63,11 +63,16 @@ def export_relative(
     Returns:
         What was written, in one line.
     Raises:
-        UserError: there is nothing to export, it does not fit the layout, or ``target`` exists; nothing was written.
+        UserError: there is nothing to export, it does not fit the layout, its latents are scaled by channel, or
+            ``target`` exists; nothing was written.
     """
     if target.exists():
         raise UserError(f"{target} already exists; name another output or remove it first")
     ours = open_source(source)
+    if any(isinstance(ours.facts.get(name), list) for name in ("scale", "shift")):
+        raise UserError(
+            f"{source} has a scale and shift for each channel of its latents; {layout} has no place for them"
+        )
     main = ours.live if weights == "live" and ours.live else ours.main
     tensors = _Tensors(main.tensors, progress)
     provenance = {

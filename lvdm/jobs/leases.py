@@ -33,6 +33,7 @@ from lvdm.storage import Missing, locate, persistently, read_file, write_text
 log = logging.getLogger(__name__)
 
 FOLDER = ".leases"
+_ATTEMPTS = 10
 _SETTLE = 0.3  # most seconds between writing to a store and reading back
 
 
@@ -68,6 +69,15 @@ class Leases:
         if isinstance(fs, LocalFileSystem):
             with contextlib.suppress(OSError):  # others may hold some
                 os.rmdir(root)
+
+    def sweep(self) -> None:
+        """Remove what dead processes left, when nothing more is to be claimed: all but this process's own leases."""
+        fs, root = locate(self.folder)
+        fs.invalidate_cache()
+        with contextlib.suppress(Exception):  # each store's client has error classes of its own
+            for path in fs.ls(root, detail=False):
+                if path.rsplit("/", 1)[-1].removesuffix(".json") not in self._held:
+                    fs.rm(path, recursive=True)
 
     def claim(self, name: str) -> bool:
         """Whether this process now has the lease on ``name``: it was free, or had expired. Raises `UserError`."""
@@ -136,23 +146,12 @@ def create(url: str, content: bytes) -> bool:
     On a store without conditional writes two may both be told that they made it.
     """
     fs, path = locate(url)
-    try:
-        if not isinstance(fs, LocalFileSystem):
-            return _put_new(url, content)
-        folder = os.path.dirname(path)
-        os.makedirs(folder, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(prefix=".new-", dir=folder)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            os.link(scratch, path)  # fails if it exists, on NFS too
-        finally:
-            os.unlink(scratch)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise UserError(f"cannot write {url}: {error.strerror or error}") from None
-    return True
+    if not isinstance(fs, LocalFileSystem):
+        return _put_new(url, content)
+    for _ in range(_ATTEMPTS):
+        with contextlib.suppress(FileNotFoundError):  # another process tidied up
+            return _link_new(url, path, content)
+    raise UserError(f"cannot write {url}: its folder disappears again and again")
 
 
 def remove(url: str) -> None:
@@ -160,6 +159,27 @@ def remove(url: str) -> None:
     fs, path = locate(url)
     with contextlib.suppress(Exception):  # each store's client has error classes of its own
         fs.rm_file(path)
+
+
+def _link_new(url: str, path: str, content: bytes) -> bool:
+    folder = os.path.dirname(path)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(prefix=".new-", dir=folder)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            os.link(scratch, path)  # fails if it exists, on NFS too
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(scratch)
+    except FileExistsError:
+        return False
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot write {url}: {error.strerror or error}") from None
+    return True
 
 
 def _put_new(url: str, content: bytes) -> bool:

@@ -6,19 +6,14 @@ that cannot be read is listed with its reason in the shard's parquet and stats f
 
 from __future__ import annotations
 
-import csv
 import importlib.util
-import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from lvdm import synthetic
 from lvdm.data.build_index import build_index
@@ -28,6 +23,7 @@ from lvdm.data.images import IMAGE_EXTENSIONS
 from lvdm.data.index import INDEX_NAME
 from lvdm.data.writer import ShardSample, sample_key, write_shard
 from lvdm.errors import BadSample, Requeue, UserError
+from lvdm.jobs.lists import CAPTION_COLUMNS, pick_column, read_rows
 from lvdm.jobs.progress import Report, silent
 from lvdm.randomness import Purpose, generator
 from lvdm.storage import locate, read_file
@@ -36,10 +32,6 @@ TRAIN, HELD_OUT = "train", "held_out"
 """Folders of the two parts of the moving shapes."""
 
 _VIDEO_COLUMNS = ("path", "url", "video")
-_CAPTION_COLUMNS = ("caption", "text")
-
-
-_NUMBER = re.compile(r"[-+]?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+")  # 007 is a name
 
 
 @dataclass(frozen=True)
@@ -93,7 +85,7 @@ def make_shapes(
         )
     parts = {TRAIN: clips, HELD_OUT: held_out_clips}
     for name in parts:
-        _refuse_used(f"{folder}/{name}")
+        refuse_used(f"{folder}/{name}")
     held_out = set(synthetic.HELD_OUT)
     pools = {
         TRAIN: _mixed([c for c in synthetic.combinations() if c not in held_out], seed),
@@ -158,7 +150,7 @@ def make_video_shards(
         raise UserError("shard size must be at least 1, clip seconds and size at least 0, and size even")
     if not sources:
         raise UserError("there are no videos to put into shards")
-    _refuse_used(folder)
+    refuse_used(folder)
     failed: list[tuple[str, str]] = []
 
     def samples(first: int) -> Iterator[ShardSample]:
@@ -174,7 +166,7 @@ def make_video_shards(
 
 
 def read_list(path: str, video_column: str = "", caption_column: str = "") -> list[Source]:
-    """The rows of a CSV, JSONL or Parquet file as sources; relative paths are relative to the file's folder.
+    """The rows of a CSV, TSV, JSONL or Parquet file as sources; relative paths are relative to the file's folder.
 
     ``start`` and ``end`` columns (seconds, or ``HH:MM:SS.mmm``) choose a part; other columns become metadata.
 
@@ -185,12 +177,9 @@ def read_list(path: str, video_column: str = "", caption_column: str = "") -> li
     Raises:
         UserError: the file cannot be read, lacks a column, or a row is faulty.
     """
-    rows = _read_rows(path)
-    if not rows:
-        raise UserError(f"{path} has no rows")
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    video = _column(path, columns, video_column, _VIDEO_COLUMNS)
-    caption = _column(path, columns, caption_column, _CAPTION_COLUMNS, needed=bool(caption_column))
+    rows = read_rows(path, texts=(video_column, caption_column, *_VIDEO_COLUMNS, *CAPTION_COLUMNS))
+    video = pick_column(path, rows, video_column, _VIDEO_COLUMNS)
+    caption = pick_column(path, rows, caption_column, CAPTION_COLUMNS, needed=bool(caption_column))
     sources = []
     for number, row in enumerate(rows, start=1):
         location = row.get(video)
@@ -286,7 +275,8 @@ def _write_set(folder: str, shards: Iterable[Iterator[ShardSample]]) -> ShardSet
     return ShardSet(folder, len(stats), samples, sum(s.bytes_downloaded for s in stats), ())
 
 
-def _refuse_used(folder: str) -> None:
+def refuse_used(folder: str) -> None:
+    """Raise `UserError` if a folder (any fsspec URL) holds shards, or is a file."""
     fs, root = locate(folder)
     if fs.isfile(root):
         raise UserError(f"{folder} is a file, not a folder")
@@ -384,53 +374,6 @@ def _sample(
 def _extension(location: str) -> str:
     suffix = PurePosixPath(urlsplit(location).path).suffix[1:].lower()
     return suffix if suffix in VIDEO_EXTENSIONS else "mp4"
-
-
-def _typed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows whose columns of numbers or of booleans are such, as conditions want them; an empty cell is None there."""
-    kinds: dict[str, Callable[[str], Any]] = {}
-    for name in dict.fromkeys(name for row in rows for name in row):
-        texts = {str(row.get(name) or "").strip() for row in rows} - {""}
-        if texts and all(_NUMBER.fullmatch(text) for text in texts):
-            kinds[name] = float
-        elif texts and texts <= {"True", "False", "true", "false"}:
-            kinds[name] = lambda text: text.lower() == "true"
-    return [
-        {
-            name: (kinds[name](value) if str(value or "").strip() else None) if name in kinds else value
-            for name, value in row.items()
-        }
-        for row in rows
-    ]
-
-
-def _read_rows(path: str) -> list[dict[str, Any]]:
-    try:
-        match Path(path).suffix.lower():
-            case ".csv":
-                with open(path, newline="", encoding="utf-8-sig") as stream:
-                    return _typed(list(csv.DictReader(stream)))
-            case ".jsonl" | ".ndjson":
-                with open(path, encoding="utf-8-sig") as stream:
-                    rows = [json.loads(line) for line in stream if line.strip()]
-                if not all(isinstance(row, dict) for row in rows):
-                    raise UserError(f"{path}: each line must hold one JSON object")
-                return rows
-            case ".parquet":
-                return list(pq.read_table(path).to_pylist())
-            case suffix:
-                raise UserError(f"{path}: a list is .csv, .jsonl or .parquet, not {suffix or 'without suffix'}")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, csv.Error, pa.ArrowException) as error:
-        raise UserError(f"{path} cannot be parsed: {error}") from None
-
-
-def _column(path: str, columns: list[str], chosen: str, usual: tuple[str, ...], needed: bool = True) -> str:
-    name = chosen or next((name for name in usual if name in columns), "")
-    if (needed or name) and name not in columns:
-        raise UserError(f"{path} has no column {chosen or ' / '.join(usual)}; it has {', '.join(map(str, columns))}")
-    return name
 
 
 def _seconds(path: str, number: int, name: str, value: Any) -> float | None:

@@ -1,74 +1,89 @@
 """What a folder says about the shards of a job that any number of processes work on.
 
-``NNNNN_manifest.json``, written last, makes a shard finished: sizes and SHA-256 of its tar and parquet file, counts,
-and a digest of the settings. ``.failed/NNNNN-*.json`` are the attempts that failed, a file each, so that nobody's
-count is overwritten.
+``NAME_manifest.json``, written last, makes a shard finished: sizes and SHA-256 of its tar and parquet file, counts, and
+digests of the settings and of the source shard. ``.failed/NAME-*.json`` are the attempts that failed, a file each, so
+that nobody's count is overwritten. ``.board.json`` holds copies of the manifests, so that a process which starts on a
+hundred thousand finished shards reads one file; what it lacks is read from the manifests themselves.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import secrets
+import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lvdm.data.writer import FileDigest, ShardStats
+from fsspec.implementations.local import LocalFileSystem
+
+from lvdm.data.writer import FileDigest
 from lvdm.errors import UserError
 from lvdm.storage import Missing, atomic_file, file_info, locate, persistently, read_file, read_range
 
 MANIFEST = "_manifest.json"
+SUMMARY = ".board.json"
 FAILED = ".failed"
 ATTEMPTS = 3
 """Times that a shard is tried before it is given up."""
 _THREADS = 16
 _BLOCK = 32 << 20  # bytes hashed at once
+_WORTH_A_SUMMARY = 1000  # manifests
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Manifest:
-    """What ``NNNNN_manifest.json`` says."""
+    """What ``NAME_manifest.json`` says."""
 
     settings: str
     """SHA-256 of the job's settings."""
+    source: str
+    """Digest of what the shard was made from."""
     samples: int
     """Samples in the tar."""
-    left_out: list[list[Any]]
-    """Row in the source's index, key and reason of the samples that are not."""
+    left_out: list[list[str]]
+    """Key and reason of the samples that are not."""
     files: dict[str, FileDigest]
     """The tar and the parquet file, by extension."""
+    sums: dict[str, Any] | None
+    """`lvdm.jobs.latent_stats.ChannelSums` of the shard; none where there are no latents."""
 
 
 class Board:
-    """Which shards of a job are finished or given up, as `look` last found it.
+    """Which shards of a job are finished or given up, as `look` last found it. Safe to use from several threads.
 
     Args:
-        numbers: the shards of the job.
+        sources: digest of what each shard is made from, by its name without ``.tar``.
         settings: digest that the manifests must have.
         hashes: whether the bytes of finished shards are held against their manifests too, not their sizes alone.
     """
 
-    def __init__(self, folder: str, numbers: Iterable[int], settings: str, *, hashes: bool = False) -> None:
-        self.folder, self.numbers, self.settings, self.hashes = folder.rstrip("/"), list(numbers), settings, hashes
-        self.finished: dict[int, Manifest] = {}
-        self.failures: dict[int, int] = {}
+    def __init__(self, folder: str, sources: Mapping[str, str], settings: str, *, hashes: bool = False) -> None:
+        self.folder, self.sources, self.settings, self.hashes = folder.rstrip("/"), sources, settings, hashes
+        self.finished: dict[str, Manifest] = {}
+        self.failures: Counter[str] = Counter()
         """Failed attempts by shard."""
+        self._lock = threading.Lock()
         self._next = 0.0
+        self._summarised = 0
 
     @property
-    def open(self) -> list[int]:
+    def open(self) -> list[str]:
         """Shards that are neither finished nor given up."""
-        return [n for n in self.numbers if n not in self.finished and self.failures.get(n, 0) < ATTEMPTS]
+        with self._lock:
+            return [n for n in self.sources if n not in self.finished and self.failures[n] < ATTEMPTS]
 
     @property
-    def given_up(self) -> list[int]:
+    def given_up(self) -> list[str]:
         """Shards that failed too often."""
-        return [n for n in self.numbers if n not in self.finished and self.failures.get(n, 0) >= ATTEMPTS]
+        with self._lock:
+            return [n for n, count in self.failures.items() if n not in self.finished and count >= ATTEMPTS]
 
     def look(self, at_most_every: float = 0.0) -> None:
         """List the folder and read the manifests that are new, if the last time is so many seconds ago, and long ago
@@ -76,86 +91,125 @@ class Board:
         started = time.monotonic()
         if at_most_every and started < self._next:
             return
-        sizes = _list(self.folder)
-        self.finished = {n: found for n, found in self.finished.items() if _complete(n, found, sizes)}
-        new = [n for n in self.numbers if n not in self.finished and f"{n:05d}{MANIFEST}" in sizes]
+        sizes = list_files(self.folder)
+        known = self.finished or self._summary()
+        found = {name: manifest for name, manifest in known.items() if self._holds(name, manifest, sizes)}
+        new = [name for name in self.sources if name not in found and f"{name}{MANIFEST}" in sizes]
         with ThreadPoolExecutor(_THREADS) as pool:
-            for number, found in zip(new, pool.map(self._read, new), strict=True):
-                if found is not None and _complete(number, found, sizes):
-                    self.finished[number] = found
-        counts: dict[int, int] = defaultdict(int)
-        for name in _list(f"{self.folder}/{FAILED}"):
-            digits = name.partition("-")[0]
-            if digits.isdigit():
-                counts[int(digits)] += 1
-        self.failures = dict(counts)
+            for name, manifest in zip(new, pool.map(self._read, new), strict=True):
+                if manifest is not None and self._holds(name, manifest, sizes):
+                    found[name] = manifest
+        failures = Counter(file.rpartition("-")[0] for file in list_files(f"{self.folder}/{FAILED}"))
+        with self._lock:
+            self.finished, self.failures = found, failures
+        if len(found) - self._summarised >= _WORTH_A_SUMMARY:
+            self.summarise()
         now = time.monotonic()
         self._next = now + max(at_most_every, 20 * (now - started))
 
-    def is_finished(self, number: int) -> bool:
+    def is_finished(self, name: str) -> bool:
         """Whether a shard is finished by now. Raises `UserError` and `Requeue`."""
-        found = self._read(number)
-        if found is None:
+        manifest = self._read(name)
+        if manifest is None:
             return False
         locate(self.folder)[0].invalidate_cache()
         try:
-            sizes = {name: file_info(f"{self.folder}/{number:05d}.{name}")[0] for name in found.files}
+            sizes = {f"{name}.{part}": file_info(f"{self.folder}/{name}.{part}")[0] for part in manifest.files}
         except Missing:
             return False
-        if any(sizes[name] != file.size for name, file in found.files.items()):
+        if not self._holds(name, manifest, {f"{name}{MANIFEST}": 0, **sizes}):
             return False
-        self.finished[number] = found
+        with self._lock:
+            self.finished[name] = manifest
         return True
 
-    def finish(self, number: int, stats: ShardStats, left_out: list[list[Any]]) -> None:
-        """Write a shard's manifest, when all its files are there."""
-        found = Manifest(self.settings, stats.successes, left_out, stats.files)
-        with atomic_file(f"{self.folder}/{number:05d}{MANIFEST}") as path:
-            Path(path).write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
-        self.finished[number] = found
+    def finish(self, name: str, manifest: Manifest) -> None:
+        """Write a shard's manifest, when all its files are there. Raises `UserError`."""
+        _write(f"{self.folder}/{name}{MANIFEST}", asdict(manifest))
+        with self._lock:
+            self.finished[name] = manifest
 
-    def fail(self, number: int, reason: str) -> None:
-        """Record a failed attempt."""
-        with atomic_file(f"{self.folder}/{FAILED}/{number:05d}-{secrets.token_hex(6)}.json") as path:
-            Path(path).write_text(json.dumps({"reason": reason}) + "\n", encoding="utf-8")
-        self.failures[number] = self.failures.get(number, 0) + 1
+    def fail(self, name: str, reason: str) -> None:
+        """Record a failed attempt. Raises `UserError`."""
+        _write(f"{self.folder}/{FAILED}/{name}-{secrets.token_hex(6)}.json", {"reason": reason})
+        with self._lock:
+            self.failures[name] += 1
 
-    def reason(self, number: int) -> str:
+    def reason(self, name: str) -> str:
         """Why a shard failed, one of the times."""
         folder = f"{self.folder}/{FAILED}"
-        name = next(name for name in sorted(_list(folder)) if name.startswith(f"{number:05d}-"))
-        return str(json.loads(read_file(f"{folder}/{name}"))["reason"])
+        file = next(file for file in sorted(list_files(folder)) if file.rpartition("-")[0] == name)
+        return str(json.loads(read_file(f"{folder}/{file}"))["reason"])
 
-    def _read(self, number: int) -> Manifest | None:
-        """The manifest of a shard; nothing if it is missing, unreadable, of other settings or not of these bytes."""
+    def summarise(self) -> None:
+        """Write `SUMMARY`, unless it holds as many manifests as this process knows."""
+        with self._lock:
+            found = dict(self.finished)
+        if len(found) < _WORTH_A_SUMMARY or len(found) == self._summarised:
+            return
+        _write(f"{self.folder}/{SUMMARY}", {name: asdict(manifest) for name, manifest in found.items()})
+        self._summarised = len(found)
+
+    def _summary(self) -> dict[str, Manifest]:
+        if self.hashes:
+            return {}
         try:
-            tree = json.loads(read_file(f"{self.folder}/{number:05d}{MANIFEST}"))
-            files = {name: FileDigest(**file) for name, file in tree.pop("files").items()}
-            found = Manifest(files=files, **tree)
-        except (Missing, json.JSONDecodeError, KeyError, TypeError, AttributeError):
-            return None
-        if found.settings != self.settings:
-            return None
-        if self.hashes and any(
-            _hash(f"{self.folder}/{number:05d}.{name}", file.size) != file.sha256 for name, file in files.items()
-        ):
-            return None
+            trees = json.loads(read_file(f"{self.folder}/{SUMMARY}"))
+            found = {name: _manifest(tree) for name, tree in trees.items()}
+        except (Missing, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+        self._summarised = len(found)
         return found
 
+    def _holds(self, name: str, manifest: Manifest, sizes: Mapping[str, int]) -> bool:
+        """Whether a manifest is of these settings and this source, and the files there have the sizes that it says."""
+        return (
+            manifest.settings == self.settings
+            and manifest.source == self.sources.get(name)
+            and f"{name}{MANIFEST}" in sizes
+            and all(sizes.get(f"{name}.{part}") == file.size for part, file in manifest.files.items())
+        )
 
-def _complete(number: int, found: Manifest, sizes: dict[str, int]) -> bool:
-    names = {f"{number:05d}.{extension}": file.size for extension, file in found.files.items()}
-    return f"{number:05d}{MANIFEST}" in sizes and all(sizes.get(name) == size for name, size in names.items())
+    def _read(self, name: str) -> Manifest | None:
+        """The manifest of a shard; nothing if it is missing, unreadable or not of these bytes."""
+        try:
+            manifest = _manifest(json.loads(read_file(f"{self.folder}/{name}{MANIFEST}")))
+        except (Missing, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        if self.hashes and any(
+            _hash(f"{self.folder}/{name}.{part}", file.size) != file.sha256 for part, file in manifest.files.items()
+        ):
+            return None
+        return manifest
 
 
-def _list(folder: str) -> dict[str, int]:
+def list_files(folder: str) -> dict[str, int]:
     """Sizes of the files in a folder by name; none if there is no folder. Raises `UserError` and `Requeue`."""
-    locate(folder)[0].invalidate_cache()
+    fs, root = locate(folder)
+    if isinstance(fs, LocalFileSystem):
+        try:
+            with os.scandir(root) as entries:
+                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except OSError as error:
+            raise UserError(f"cannot read {folder}: {error.strerror}") from None
+    fs.invalidate_cache()
     try:
         entries = persistently(folder, lambda fs, root: list(fs.ls(root, detail=True)), patient=True)
     except Missing:
         return {}
     return {str(entry["name"]).rstrip("/").rsplit("/", 1)[-1]: int(entry.get("size") or 0) for entry in entries}
+
+
+def _manifest(tree: dict[str, Any]) -> Manifest:
+    files = {part: FileDigest(**file) for part, file in tree.pop("files").items()}
+    return Manifest(files=files, **tree)
+
+
+def _write(url: str, document: Mapping[str, Any]) -> None:
+    with atomic_file(url) as path:
+        Path(path).write_text(json.dumps(document) + "\n", encoding="utf-8")
 
 
 def _hash(url: str, size: int) -> str:

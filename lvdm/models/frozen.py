@@ -10,7 +10,9 @@ holds only pickled weights is refused. Their libraries take seconds to import, s
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,10 +23,10 @@ from einops import rearrange
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lvdm.config import DiffusersVAE, TextEncoderConfig
+from lvdm.config import DiffusersVAE, Scaling, TextEncoderConfig
 from lvdm.errors import UserError
 from lvdm.models.video_autoencoder import VideoAutoencoder
-from lvdm.storage import sha256_of
+from lvdm.storage import cache_folder, forget_unused, note_use, sha256_of, write_text
 
 
 class FrozenVAE(ABC):
@@ -36,7 +38,7 @@ class FrozenVAE(ABC):
     frames_per_latent: int = 1
     """Frames that one frame of a latent stands for."""
 
-    def __init__(self, scale: float, shift: float) -> None:
+    def __init__(self, scale: Scaling, shift: Scaling) -> None:
         self.scale = scale
         self.shift = shift
 
@@ -52,20 +54,25 @@ class FrozenVAE(ABC):
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """``(C, T, H, W)`` of the latent of a clip. Raises `UserError` when the clip does not fit."""
 
+    @abstractmethod
+    def limit_calls(self, frames: int, clip_frames: int) -> int:
+        """Give the network at most ``frames`` frames at once, of clips of ``clip_frames``, but as many as it must have;
+        how many these are."""
+
     def normalize(self, z_BCTHW: Tensor) -> Tensor:
         """From the autoencoder's latents to the UNet's."""
-        return self.scale * (z_BCTHW + self.shift)
+        return normalize(z_BCTHW, self.scale, self.shift)
 
     def denormalize(self, z_BCTHW: Tensor) -> Tensor:
         """From the UNet's latents to the autoencoder's."""
-        return z_BCTHW / self.scale - self.shift
+        return z_BCTHW / _along_channels(self.scale, z_BCTHW) - _along_channels(self.shift, z_BCTHW)
 
 
 class OwnFrozenVAE(FrozenVAE):
     """Our video autoencoder; time and space shrink. Works through a batch a few clips at a time."""
 
     def __init__(
-        self, model: VideoAutoencoder, *, scale: float, shift: float, fingerprint: str, slice_clips: int = 4
+        self, model: VideoAutoencoder, *, scale: Scaling, shift: Scaling, fingerprint: str, slice_clips: int = 4
     ) -> None:
         super().__init__(scale, shift)
         self.model = freeze(model)
@@ -80,6 +87,10 @@ class OwnFrozenVAE(FrozenVAE):
     def decode(self, z_BCTHW: Tensor) -> Tensor:
         return _sliced(self.model.decode, z_BCTHW, self.slice_clips, self.model)
 
+    def limit_calls(self, frames: int, clip_frames: int) -> int:
+        self.slice_clips = max(1, frames // clip_frames)
+        return self.slice_clips * clip_frames
+
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         t, h, w = _divide((frames, height, width), self.model.downsample)
         return self.latent_channels, t, h, w
@@ -88,7 +99,7 @@ class OwnFrozenVAE(FrozenVAE):
 class DiffusersFrozenVAE(FrozenVAE):
     """A 2-D autoencoder of diffusers, which sees each frame alone, a few frames at a time."""
 
-    def __init__(self, model: Any, *, scale: float, shift: float, fingerprint: str, slice_frames: int = 16) -> None:
+    def __init__(self, model: Any, *, scale: Scaling, shift: Scaling, fingerprint: str, slice_frames: int = 16) -> None:
         super().__init__(scale, shift)
         self.model = freeze(model)
         self.fingerprint = fingerprint
@@ -97,10 +108,22 @@ class DiffusersFrozenVAE(FrozenVAE):
         self.slice_frames = slice_frames
 
     @classmethod
-    def load(cls, config: DiffusersVAE, device: torch.device | str, dtype: torch.dtype) -> DiffusersFrozenVAE:
-        """Load by folder or hub name. Raises `UserError` when there is none, or only pickled weights."""
-        folder = find_model(config.name, config.subfolder, _within(config.subfolder, _DIFFUSERS_FILES))
-        files = weight_files(folder, "diffusion_pytorch_model")
+    def load(
+        cls,
+        config: DiffusersVAE,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        scaling: tuple[Scaling, Scaling] | None = None,
+    ) -> DiffusersFrozenVAE:
+        """Load by folder or hub name.
+
+        Args:
+            scaling: scale and shift that override the config's.
+        Raises:
+            UserError: there is none, or only pickled weights.
+        """
+        folder, files = _find_vae(config)
+        scale, shift = scaling or stated_scaling(config)
         from diffusers import AutoencoderKL
         from diffusers.utils import logging
 
@@ -109,7 +132,7 @@ class DiffusersFrozenVAE(FrozenVAE):
                 folder, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
             )
         _check_complete(report["missing_keys"], folder)
-        return cls(model.to(device), scale=config.scale, shift=config.shift, fingerprint=sha256_of(*files))
+        return cls(model.to(device), scale=scale, shift=shift, fingerprint=sha256_of(*files))
 
     def encode(self, frames_BCTHW: Tensor) -> Tensor:
         return self._per_frame(lambda x_NCHW: self.model.encode(x_NCHW).latent_dist.parameters, frames_BCTHW)
@@ -121,6 +144,10 @@ class DiffusersFrozenVAE(FrozenVAE):
         x_NCHW = rearrange(x_BCTHW, "b c t h w -> (b t) c h w")
         y_NCHW = _sliced(function, x_NCHW, self.slice_frames, self.model)
         return rearrange(y_NCHW, "(b t) c h w -> b c t h w", b=len(x_BCTHW)).contiguous()
+
+    def limit_calls(self, frames: int, clip_frames: int) -> int:
+        self.slice_frames = max(1, frames)
+        return self.slice_frames
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         _, h, w = _divide((frames, height, width), (1, self.factor, self.factor))
@@ -181,10 +208,7 @@ def load_text_encoder(config: TextEncoderConfig, device: torch.device | str, dty
     Raises:
         UserError: there is none, it has only pickled weights, or it takes fewer tokens than ``max_length``.
     """
-    files_wanted = _within(config.subfolder, _TRANSFORMERS_FILES)
-    files_wanted += _within("tokenizer" if config.subfolder else "", TOKENIZER_FILES)
-    folder = find_model(config.name, config.subfolder, files_wanted)
-    files = weight_files(folder, "model")
+    folder, files = _find_text_encoder(config)
     import transformers
     from transformers.utils import logging
 
@@ -209,6 +233,59 @@ def load_text_encoder(config: TextEncoderConfig, device: torch.device | str, dty
         mask_padding=config.mask_padding,
         fingerprint=sha256_of(*files),
     )
+
+
+def normalize(z_BCTHW: Tensor, scale: Scaling, shift: Scaling) -> Tensor:
+    """``scale * (z + shift)``, each one for all channels or one a channel."""
+    return _along_channels(scale, z_BCTHW) * (z_BCTHW + _along_channels(shift, z_BCTHW))
+
+
+def _along_channels(value: Scaling, z_BCTHW: Tensor) -> float | Tensor:
+    if not isinstance(value, tuple):
+        return value
+    return torch.tensor(value, dtype=z_BCTHW.dtype, device=z_BCTHW.device)[:, None, None, None]
+
+
+def stated_scaling(config: DiffusersVAE) -> tuple[float, float]:
+    """Scale and shift of a config that names no file of them: its own, else Stable Diffusion's."""
+    return (0.18215 if config.scale is None else config.scale), config.shift or 0.0
+
+
+def known_fingerprint(config: DiffusersVAE | TextEncoderConfig) -> str:
+    """The fingerprint of a model's weights, without loading them.
+
+    Raises:
+        UserError: it is not on this machine, or has only pickled weights.
+    """
+    found = _find_vae(config, here=True) if isinstance(config, DiffusersVAE) else _find_text_encoder(config, here=True)
+    return kept_fingerprint(*found[1])
+
+
+def kept_fingerprint(*files: Path) -> str:
+    """SHA-256 of files one after the other; the node keeps those of files that it has read before."""
+    states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    kept = cache_folder("fingerprints") / hashlib.sha256(json.dumps(states).encode()).hexdigest()[:32]
+    if kept.is_file():
+        note_use(kept)
+        return kept.read_text(encoding="utf-8")
+    forget_unused(kept.parent)
+    fingerprint = sha256_of(*files)
+    write_text(kept, fingerprint)
+    return fingerprint
+
+
+def _find_vae(config: DiffusersVAE, here: bool = False) -> tuple[Path, list[Path]]:
+    """The folder and the weights of a VAE of diffusers. Raises `UserError`."""
+    folder = find_model(config.name, config.subfolder, _within(config.subfolder, _DIFFUSERS_FILES), here)
+    return folder, weight_files(folder, "diffusion_pytorch_model")
+
+
+def _find_text_encoder(config: TextEncoderConfig, here: bool = False) -> tuple[Path, list[Path]]:
+    """The folder and the weights of a text encoder. Raises `UserError`."""
+    files = _within(config.subfolder, _TRANSFORMERS_FILES)
+    files += _within("tokenizer" if config.subfolder else "", TOKENIZER_FILES)
+    folder = find_model(config.name, config.subfolder, files, here)
+    return folder, weight_files(folder, "model")
 
 
 # The text half of models that have another half; of all else transformers' AutoModel is the text encoder.
@@ -245,11 +322,13 @@ def _within(subfolder: str, files: Sequence[str]) -> list[str]:
     return [f"{subfolder}/{file}" if subfolder else file for file in files]
 
 
-def find_model(name: str, subfolder: str, files: Sequence[str]) -> Path:
+def find_model(name: str, subfolder: str, files: Sequence[str], here: bool = False) -> Path:
     """The local folder of a model named by folder, by ``package:NAME/PATH`` or by hub name.
 
     Of a hub model only ``files`` (names or patterns, from its root) are fetched, once; later calls need no network.
 
+    Args:
+        here: whether it must be on this machine already, so that nothing is fetched.
     Raises:
         UserError: there is no such folder, package or hub model, or the hub cannot be reached.
     """
@@ -263,7 +342,7 @@ def find_model(name: str, subfolder: str, files: Sequence[str]) -> Path:
         from huggingface_hub import snapshot_download
 
         try:
-            root = Path(snapshot_download(name, allow_patterns=list(files)))
+            root = Path(snapshot_download(name, allow_patterns=list(files), local_files_only=here))
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{name} is neither a folder nor to be had from the model hub ({_one_line(error)}); "

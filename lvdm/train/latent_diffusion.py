@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from lvdm.config import LatentDiffusionTraining, OwnVAE, PreviewConfig, TextUNetConfig, shard_folders
+from lvdm.config import LatentDiffusionTraining, PreviewConfig, TextUNetConfig
 from lvdm.data.batch import LatentBatch, VideoBatch
-from lvdm.data.latents import LatentSetInfo, agreed_latent_set
+from lvdm.data.latent_sets import open_latent_sets, scaling_of, shapes_of, sizes_to_read
+from lvdm.data.latents import INFO_NAME
 from lvdm.diffusion.denoiser import Denoiser
 from lvdm.diffusion.masks import draw_given_frames
 from lvdm.diffusion.objective import diffusion_loss, draw_noise, draw_timesteps, quarter_means
 from lvdm.diffusion.samplers import check_sampling, default_sampler
 from lvdm.errors import UserError
-from lvdm.inference import VideoModel, frames_to_float, load_vae, own_vae_weights, read_scaling
+from lvdm.inference import VideoModel, check_scaling, frames_to_float, load_vae, read_scaling
 from lvdm.models.build import build_model
-from lvdm.models.frozen import FrozenTextEncoder, FrozenVAE, load_text_encoder
+from lvdm.models.frozen import FrozenTextEncoder, FrozenVAE, load_text_encoder, normalize
 from lvdm.models.video_autoencoder import sample_posterior
 from lvdm.randomness import Purpose, normal, seed_from_text
-from lvdm.storage import sha256_of
+from lvdm.train.latent_check import check_latent_set
 from lvdm.train.metrics import Sums
 
 Batch = LatentBatch | VideoBatch
@@ -44,14 +45,20 @@ class LatentDiffusionTask:
         self.config = config
         self.device = device
         self.dtype = dtype
+        self.notes: list[str] = []
+        """What there is to say of what it loaded."""
         self._vae: FrozenVAE | None = None
         self._text: FrozenTextEncoder | None = None
         if config.data.kind == "latents":
             assert config.data.latents is not None
-            info = agreed_latent_set(shard_folders(config.data.latents.shards))
-            check_latent_set(config, info)
-            self.scale, self.shift = read_scaling(config.vae, default=(info.scale, info.shift))
-            shapes, text_dim = [tuple(info.shape)], info.text.dim
+            sets = open_latent_sets(config.data.latents.shards)
+            held_out = open_latent_sets(config.validation.shards) if config.validation.shards else []
+            self.notes = check_latent_set(config, sets, held_out)
+            sizes = sizes_to_read(sets, config.data.video.clip if config.data.video else None)
+            self.scale, self.shift = read_scaling(config.vae, default=lambda: scaling_of(sets))
+            shapes, text = shapes_of(sets, sizes), sets[0].info.text
+            check_scaling((self.scale, self.shift), shapes[0][0])
+            text_dim = text.dim if text else 0
         else:
             assert config.data.video is not None
             sizes = config.data.video.clip.sizes
@@ -87,7 +94,22 @@ class LatentDiffusionTask:
 
     def facts(self) -> dict[str, Any]:
         """What sampling from this run needs beyond its config; stored in checkpoints and exports."""
-        return {"scale": self.scale, "shift": self.shift, "latent_shape": list(self.latent_shape)}
+        scale, shift = (list(value) if isinstance(value, tuple) else value for value in (self.scale, self.shift))
+        return {"scale": scale, "shift": shift, "latent_shape": list(self.latent_shape)}
+
+    def check_facts(self, facts: Mapping[str, Any]) -> None:
+        """Refuse to go on with what another scale or shift of the latents taught. Raises `UserError` naming both.
+
+        Args:
+            facts: `facts` of the run so far.
+        """
+        now, where = self.facts(), self.config.vae.scaling or INFO_NAME
+        for name in ("scale", "shift"):
+            if name in facts and facts[name] != now[name]:
+                raise UserError(
+                    f"the run so far had latents of {name} {facts[name]}, which {where} now gives as {now[name]}: put "
+                    f"the former back, or start a new run.folder"
+                )
 
     def loss(self, network: Callable[..., Any], batch: Batch) -> tuple[torch.Tensor, Sums]:
         """Mean loss of a micro-batch, and what to report of it."""
@@ -162,26 +184,5 @@ class LatentDiffusionTask:
             text = {"text_BLD": states_BLD, "text_mask_BL": mask_BL if self.config.text.mask_padding else None}
         channels, *sides = moments.shape[1:]
         noise = torch.from_numpy(normal(seed, batch.positions, Purpose.POSTERIOR, (channels // 2, *sides)))
-        z = self.scale * (sample_posterior(moments, noise.to(self.device)) + self.shift)
+        z = normalize(sample_posterior(moments, noise.to(self.device)), self.scale, self.shift)
         return Encoded(z[:, :, :: self.config.latent_stride], text)
-
-
-def check_latent_set(config: LatentDiffusionTraining, info: LatentSetInfo) -> None:
-    """Refuse latents that another VAE or text encoder made. Raises `UserError` naming the field that differs.
-
-    A model that reads no text takes latents with any.
-    """
-    pairs: list[tuple[str, Any, Any]] = [("vae.kind", config.vae.kind, info.vae.kind)]
-    if config.text is not None:
-        pairs += [
-            ("text.name", config.text.name, info.text.name),
-            ("text.max_length", config.text.max_length, info.text.max_length),
-            ("text.mask_padding", config.text.mask_padding, info.text.mask_padding),
-        ]
-    if isinstance(config.vae, OwnVAE):
-        pairs.append(("weights of vae.folder (SHA-256)", sha256_of(own_vae_weights(config.vae)), info.vae.sha256))
-    else:
-        pairs.append(("vae.name", config.vae.name, info.vae.name))
-    for name, wanted, found in pairs:
-        if wanted != found:
-            raise UserError(f"the latents of data.latents were made with another {name}: {found}, not {wanted}")

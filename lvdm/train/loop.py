@@ -178,12 +178,15 @@ def _build_task(
         case LatentDiffusionTraining():
             task = LatentDiffusionTask(config, device, dtype)
     freeze_all_but(task.model, config.model.trainable)
+    notes = task.notes if isinstance(task, LatentDiffusionTask) else []
     if found is not None:
+        if isinstance(task, LatentDiffusionTask):
+            task.check_facts(found.manifest.facts)
         saving.restore_frozen(task.model, found)
-        return task, []
+        return task, notes
     if not config.run.init_from:
-        return task, []
-    return task, load_into(task.model, config.run.init_from, strict=config.run.init_strict)
+        return task, notes
+    return task, [*notes, *load_into(task.model, config.run.init_from, strict=config.run.init_strict)]
 
 
 def _open_loader(config: AnyTraining, ranks: Ranks, clock: Clock) -> Loader:

@@ -17,6 +17,7 @@ import yaml
 from lvdm.config import (
     AnyTraining,
     DataConfig,
+    DiffusersVAE,
     LatentDiffusionTraining,
     Section,
     ShardSet,
@@ -189,11 +190,16 @@ def test_the_example_of_the_data_page_is_a_config() -> None:
     assert len(config.video.clip.sizes) == 2
 
 
-def test_latents_have_no_buckets() -> None:
+def test_latents_may_have_buckets() -> None:
     buckets = "data.video.clip.buckets=[{frames: 8, height: 64, width: 64, size: 8}]"
-    with pytest.raises(UserError, match=r"leave out data\.video\.clip\.buckets"):
-        load_training_config(QUICKSTART, [buckets, "data.kind=latents"])
-    load_training_config(QUICKSTART, [buckets, "data.kind=video"])
+    config = load_training_config(QUICKSTART, [buckets, "data.kind=latents"])
+    assert config.data.video is not None
+    assert config.data.video.clip.buckets[0].size == 8
+
+
+def test_a_vae_has_one_scaling() -> None:
+    with pytest.raises(ValueError, match="scaling names a file with scale and shift: leave these out"):
+        DiffusersVAE(kind="diffusers", name="vae", scale=0.5, scaling="scaling.json")
 
 
 def test_the_reference_of_all_settings_is_current() -> None:

@@ -3,15 +3,17 @@ from __future__ import annotations
 import io
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from lvdm.data import decode
-from lvdm.data.decode import VideoInfo, decode_frames, iterate_frames, probe
+from lvdm.data import decode, decode_torchcodec
+from lvdm.data.decode import Cut, VideoInfo, decode_clips, decode_frames, iterate_frames, probe
 from lvdm.data.encode import encode_mp4
 from lvdm.errors import BadSample, UserError
 from lvdm.synthetic import combinations, render
@@ -81,6 +83,53 @@ def test_frames_are_those_of_a_sequential_decode(b_frames: bytes, indices: range
     expected = sequential(b_frames)
     assert len(expected) == FRAMES
     np.testing.assert_array_equal(decode_frames(b_frames, list(indices), 48, 64), expected[list(indices)])
+
+
+@pytest.mark.parametrize("container", ["mp4", "avi"])  # an avi of H.264 has no stamps to go by: frames are counted
+def test_several_clips_are_those_of_a_sequential_decode(b_frames: bytes, container: str) -> None:
+    data = b_frames
+    if container == "avi":
+        data = encode(moving_noise(), "libx264", "avi", "yuv420p", bf="2", g="30")
+    expected = sequential(data)
+    chosen = [[70, 72, 74], [3, 4, 5], [5, 4, 4], [28, 29, 30, 31], [73], list(range(0, FRAMES, 9))]
+    clips = decode_clips(data, lambda info: [Cut(indices) for indices in chosen], 48, 64)
+    for clip, indices in zip(clips, chosen, strict=True):
+        np.testing.assert_array_equal(clip.frames_THWC, expected[indices], err_msg=str(indices))
+        assert clip.cut.indices == indices
+        assert clip.seconds == pytest.approx((indices[0] / 24, indices[-1] / 24))
+        assert (clip.info.frames, clip.info.fps, clip.info.height, clip.info.width) == (FRAMES, 24.0, 48, 64)
+
+
+def test_clips_near_each_other_are_decoded_in_one_go_and_far_ones_apart(
+    b_frames: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes: list[set[int]] = []
+    decode_packets = decode._Packets.decode
+
+    def spy(self: decode._Packets, wanted: set[int]) -> Any:
+        goes.append(set(wanted))
+        return decode_packets(self, wanted)
+
+    monkeypatch.setattr(decode._Packets, "decode", spy)
+    near, far = [Cut([20, 21]), Cut([2, 3]), Cut([21, 22])], Cut([85, 86])  # key frames every 30 frames
+    expected = sequential(b_frames)
+    monkeypatch.setattr(decode, "MAX_DECODED_PIXELS", 64 * 48 * 32)  # enough for a group of pictures, not for all
+    clips = decode_clips(b_frames, lambda info: [far, *near], 48, 64)
+    np.testing.assert_array_equal(clips[0].frames_THWC, expected[[85, 86]])
+    np.testing.assert_array_equal(clips[3].frames_THWC, expected[[21, 22]])
+    assert goes == [{2, 3, 20, 21, 22}, {85, 86}]
+
+
+def test_each_clip_has_a_crop_of_its_own() -> None:
+    frames = moving_noise(4, 40, 80)
+    data = encode(frames, "libx264", "mp4", "yuv444p", crf="0")
+    places = [(0.0, 0.0), (0.5, 0.999), (0.5, 0.3)]
+    clips = decode_clips(data, lambda info: [Cut([1, 2], place) for place in places], 20, 20, "random_crop")
+    for clip, place in zip(clips, places, strict=True):
+        alone = decode_frames(data, [1, 2], 20, 20, "random_crop", place=place)
+        np.testing.assert_array_equal(clip.frames_THWC, alone)
+        assert (clip.fit.left, clip.fit.top) == (int(place[1] * 21), 0)
+    assert len({clip.frames_THWC.tobytes() for clip in clips}) == 3
 
 
 def test_a_span_comes_frame_by_frame(b_frames: bytes) -> None:
@@ -279,6 +328,28 @@ def test_torchcodec_gives_the_same_frames(b_frames: bytes) -> None:
     np.testing.assert_array_equal(
         decode_frames(disordered, [33], 48, 64, decoder="torchcodec"), sequential(disordered)[[33]]
     )
+
+
+def test_torchcodec_is_asked_for_each_clip_by_itself(b_frames: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its frames come at full size and all at once, so that those of several clips would fill the memory."""
+    expected, asked = sequential(b_frames), []
+
+    class Decoder:
+        def __init__(self, data: bytes, **_: object) -> None:
+            asked.append(["opened"])
+
+        def get_frames_at(self, indices: list[int]) -> SimpleNamespace:
+            asked.append(list(indices))
+            return SimpleNamespace(data=torch.from_numpy(expected[indices]).permute(0, 3, 1, 2))
+
+    monkeypatch.setattr(decode_torchcodec, "_decoder", lambda: Decoder)
+    cuts = [Cut([40, 3, 3], (0.0, 0.2)), Cut([3, 4], (0.0, 0.9))]
+    clips = decode_clips(b_frames, lambda info: cuts, 48, 20, "random_crop", decoder="torchcodec")
+    for clip, left in zip(clips, (9, 40), strict=True):
+        np.testing.assert_array_equal(clip.frames_THWC, expected[clip.cut.indices, :, left : left + 20])
+        assert (clip.fit.left, clip.info.width) == (left, 64)
+        assert clip.seconds == (clip.cut.indices[0] / 24, clip.cut.indices[-1] / 24)
+    assert asked == [["opened"], [3, 40], [3, 4]]
 
 
 def test_the_header_can_choose_the_frames(b_frames: bytes) -> None:

@@ -111,7 +111,7 @@ def test_what_takes_more_memory_than_there_is_is_a_bad_sample(monkeypatch: pytes
         raise MemoryError
 
     monkeypatch.setattr("PIL.Image.Image.resize", exhausted)
-    monkeypatch.setattr("lvdm.data.decode._fitted", exhausted)
+    monkeypatch.setattr("lvdm.data.decode._scaled", exhausted)
     for data in ([image("png")], video("libx264", "mp4")):
         with pytest.raises(BadSample, match="it takes more memory than there is"):
             decode_frames(data, [0], 16, 16)
@@ -127,8 +127,11 @@ def test_torchcodec_frames_larger_than_the_header_said_are_bad(monkeypatch: pyte
             return SimpleNamespace(data=torch.zeros(len(indices), 3, 50, 41, dtype=torch.uint8))
 
     monkeypatch.setattr(decode_torchcodec, "_decoder", lambda: Decoder)
-    how = ([0, 1], 16, 16, "crop", (0.5, 0.5), Fraction(1))
-    assert decode_torchcodec.decode(b"", *how).shape == (2, 16, 16, 3)  # type: ignore[arg-type]
+    how = ([[0, 1]], 16, 16, "crop", Fraction(1))
+    frames = decode_torchcodec.decode(b"", *how)  # type: ignore[arg-type]
+    assert [(number, scaled.shape, shown) for number, scaled, shown in frames] == [
+        (number, (20, 16, 3), (50, 41)) for number in (0, 1)
+    ]
     monkeypatch.setattr(decode_torchcodec, "MAX_FRAME_PIXELS", 2000)
     with pytest.raises(BadSample, match="a frame of 41x50 exceeds the limit of 2000 pixels"):
-        decode_torchcodec.decode(b"", *how)  # type: ignore[arg-type]
+        list(decode_torchcodec.decode(b"", *how))  # type: ignore[arg-type]

@@ -18,12 +18,15 @@ from lvdm.config import ClipConfig, DataConfig, LatentSource, VideoSource
 from lvdm.data.batch import LatentBatch, Replacement, VideoBatch
 from lvdm.data.decode import decode_frames
 from lvdm.data.fetch import Fetcher
-from lvdm.data.index import SampleRecord, open_index
+from lvdm.data.index import SampleRecord
 from lvdm.data.latents import (
     LatentSetInfo,
     LatentText,
     LatentVAE,
-    encode_latent,
+    latent_member,
+    pack_latent,
+    pack_text,
+    text_member,
     write_latent_set,
 )
 from lvdm.data.loader import (
@@ -47,7 +50,7 @@ LATENTS = LatentSetInfo(
     shift=0.0,
     clip=CLIP,
     dtype="fp32",
-    shape=(2, 2, 4, 4),
+    shapes=((2, 2, 4, 4),),
     samples=SAMPLES,
     lvdm_version="0",
 )
@@ -64,6 +67,11 @@ def latent_data(folder: str, workers: int = 0) -> DataConfig:
     return DataConfig(kind="latents", latents=LatentSource(shards=[folder]), workers=workers, text_dropout=0.3)
 
 
+def encoded(moments_CTHW: torch.Tensor, states_LD: torch.Tensor) -> dict[str, bytes]:
+    """The members of a sample of one clip and one caption."""
+    return {text_member(0, 0): pack_text(states_LD, "fp32"), latent_member(0): pack_latent(moments_CTHW, "fp32")}
+
+
 @pytest.fixture(scope="module")
 def latent_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("latents")
@@ -71,12 +79,7 @@ def latent_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     samples = [
         ShardSample(
             f"{number:06d}",
-            encode_latent(
-                torch.randn(4, 2, 4, 4, generator=draws),
-                torch.randn(1 + number % 8, 3, generator=draws),
-                f"caption {number}",
-                "fp32",
-            ),
+            encoded(torch.randn(4, 2, 4, 4, generator=draws), torch.randn(1 + number % 8, 3, generator=draws)),
         )
         for number in range(SAMPLES)
     ]
@@ -236,8 +239,8 @@ def test_validation_counts_the_samples_that_are_long_enough(samples: list[ShardS
 
 
 def test_clips_choose_nothing_among_latents(tmp_path: Path) -> None:
-    encoded = encode_latent(torch.zeros(4, 2, 4, 4), torch.zeros(1, 3), "", "fp32")
-    folder = write_set(tmp_path, [ShardSample(f"{i}", encoded, {"frames": 7}) for i in range(4)])
+    members = encoded(torch.zeros(4, 2, 4, 4), torch.zeros(1, 3))
+    folder = write_set(tmp_path, [ShardSample(f"{i}", members, {"frames": 7}) for i in range(4)])
     write_latent_set(folder, LATENTS, torch.zeros(1, 3))
     data = latent_data(folder).model_copy(update={"video": VideoSource(shards=["nowhere"], clip=CLIP)})
     assert build_validation_loader(data, [folder], seed=1, samples=4, micro=2, world=2, rank=0).samples == 4
@@ -320,7 +323,7 @@ def test_a_shard_that_shrinks_is_not_a_bad_sample(
 
 def test_bad_latents_are_replaced(latent_shards: str, tmp_path: Path) -> None:
     def latent(number: int, moments: torch.Tensor) -> ShardSample:
-        return ShardSample(f"{number}", encode_latent(moments, torch.zeros(1, 3), "", "fp32"))
+        return ShardSample(f"{number}", encoded(moments, torch.zeros(1, 3)))
 
     fine = torch.zeros(4, 2, 4, 4)
     broken = {
@@ -329,7 +332,7 @@ def test_bad_latents_are_replaced(latent_shards: str, tmp_path: Path) -> None:
         "shape": torch.zeros(4, 2, 4, 5),
     }
     samples = [latent(0, fine), latent(1, fine), *(latent(2 + i, m) for i, m in enumerate(broken.values()))]
-    samples.append(ShardSample("5", {"latent.safetensors": b"junk", "text.safetensors": b"junk"}))
+    samples.append(ShardSample("5", {text_member(0, 0): b"junk", latent_member(0): b"junk"}))
     samples.append(ShardSample("6", {"txt": b"alone"}))
     folder = write_set(tmp_path, samples)
     write_latent_set(folder, LATENTS, torch.zeros(1, 3))
@@ -464,7 +467,7 @@ def test_deaths_that_no_one_sample_explains_stop_the_run(
 ) -> None:
     monkeypatch.setattr("lvdm.data.loader.VideoDataset", kind)
     loader = build_loader(video_data(shards, workers=1), seed=1, batch=2, micro=2, world=1, rank=0, steps=1)
-    with pytest.raises(Requeue, match=r"died of the micro-batch with positions 0, 1 .*fewer data\.workers"):
+    with pytest.raises(Requeue, match=r"died of the micro-batch with position 0, position 1 .*fewer data\.workers"):
         list(loader)
 
 

@@ -20,8 +20,8 @@ import torch
 from lvdm.config import LatentDiffusionTraining, parse_training_config
 from lvdm.data.index import open_index
 from lvdm.data.latents import read_latent_set
-from lvdm.jobs import encode_latents
-from lvdm.jobs.encode_latents import encode_folder
+from lvdm.jobs import encoding_worker, shard_queue
+from lvdm.jobs.encode_latents import Settings, encode_folder
 from lvdm.jobs.leases import FOLDER, Leases
 from lvdm.jobs.make_shards import make_shapes
 from lvdm.storage import locate
@@ -29,15 +29,16 @@ from tests.conftest import Toy
 from tests.data.stores import s3_server
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-LEASE = 1.5
-LEASES = f"/{FOLDER}/"
+LEASE = 1.0
+WORKERS, KILLS, SHARDS = 4, 20, 40
+SETTINGS = Settings(only="latents", frames_at_once=8)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """24 clips in 12 shards."""
+    """Two clips a shard."""
     folder = tmp_path_factory.mktemp("source")
-    make_shapes(str(folder), clips=24, held_out_clips=2, frames=8, size=16, fps=8, seed=0, shard_size=2)
+    make_shapes(str(folder), clips=2 * SHARDS, held_out_clips=2, frames=8, size=16, fps=8, seed=0, shard_size=2)
     return str(folder / "train")
 
 
@@ -45,31 +46,31 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
 def alone(toy: Toy, source: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What a single process makes."""
     target = str(tmp_path_factory.mktemp("alone") / "latents")
-    process = start(toy, source, target)
+    process = start(toy, source, target, {}, 0.0)
     process.join(60)
     assert process.exitcode == 0
     return contents(target)
 
 
-def start(toy: Toy, source: str, target: str, s3: dict[str, Any] | None = None) -> BaseProcess:
-    """A worker in a process of its own."""
-    process = _CONTEXT.Process(target=work, args=(toy.diffusion(toy.folder / "run"), source, target, s3 or {}))
+def start(toy: Toy, source: str, target: str, s3: dict[str, Any], pause: float) -> BaseProcess:
+    """A worker in a process of its own, which takes ``pause`` more seconds for a shard."""
+    process = _CONTEXT.Process(target=work, args=(toy.diffusion(toy.folder / "run"), source, target, s3, pause))
     process.start()
     return process
 
 
-def work(tree: dict[str, Any], source: str, target: str, s3: dict[str, Any]) -> None:
+def work(tree: dict[str, Any], source: str, target: str, s3: dict[str, Any], pause: float) -> None:
     torch.set_num_threads(1)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     fsspec.config.conf["s3"] = s3
-    encode_latents._LOOK_EVERY = 0.2
-    writing = encode_latents.write_shard
+    shard_queue.LOOK_EVERY = 0.2
+    writing = encoding_worker.write_shard
     # a worker has each shard long enough for kills to find it there
-    encode_latents.write_shard = lambda *given: (time.sleep(0.3), writing(*given))[1]  # type: ignore[attr-defined]
+    encoding_worker.write_shard = lambda *given: (time.sleep(pause), writing(*given))[1]  # type: ignore[attr-defined]
     config = parse_training_config(tree, source="test")
     assert isinstance(config, LatentDiffusionTraining)
     cpu = torch.device("cpu")
-    encode_folder(config, source, target, device=cpu, dtype=torch.float32, batch=4, lease_seconds=LEASE)
+    encode_folder(config, source, target, device=cpu, dtype=torch.float32, settings=SETTINGS, lease_seconds=LEASE)
 
 
 def files(target: str) -> list[str]:
@@ -81,11 +82,12 @@ def files(target: str) -> list[str]:
 
 def holders(target: str) -> set[int]:
     """Processes that hold leases."""
-    fs, _ = locate(target)
+    fs, root = locate(f"{target}/{FOLDER}")
+    fs.invalidate_cache()
     found = set()
-    for path in files(target):
-        if LEASES in path and path.endswith(".json"):
-            with contextlib.suppress(FileNotFoundError, ValueError):
+    with contextlib.suppress(FileNotFoundError):
+        for path in fs.ls(root, detail=False):
+            with contextlib.suppress(OSError, ValueError):
                 found.add(int(json.loads(fs.cat_file(path))["pid"]))
     return found
 
@@ -93,22 +95,22 @@ def holders(target: str) -> set[int]:
 def contents(target: str) -> dict[str, bytes]:
     """The files of a finished folder, but for the statistics and the index, which hold times."""
     fs, root = locate(target)
-    paths = {path.rsplit("/", 1)[-1]: path for path in files(target) if f"{root}/." not in path}
+    paths = {path.removeprefix(f"{root}/"): path for path in files(target)}
     return {
         name: fs.cat_file(path)
         for name, path in sorted(paths.items())
-        if not name.endswith(("_stats.json", "index.arrow"))
+        if not name.endswith(("_stats.json", "index.arrow")) and not name.startswith(".index/")
     }
 
 
-def kill_at_random(toy: Toy, source: str, target: str, workers: int, kills: int, s3: dict[str, Any]) -> None:
-    """Run a job whose workers are killed and started again until ``kills`` of them were; then let it finish."""
+def kill_at_random(toy: Toy, source: str, target: str, s3: dict[str, Any]) -> None:
+    """Run a job whose workers are killed and started again until `KILLS` of them were; then let it finish."""
     draw = random.Random(0)
-    processes = [start(toy, source, target, s3) for _ in range(workers)]
+    processes = [start(toy, source, target, s3, 0.3) for _ in range(WORKERS)]
     deadline = time.monotonic() + 120
     met = 0
     try:
-        while met < kills and any(process.is_alive() for process in processes):
+        while met < KILLS and any(process.is_alive() for process in processes):
             held = holders(target)
             busy = [i for i, process in enumerate(processes) if process.is_alive() and process.pid in held]
             if busy:
@@ -117,9 +119,9 @@ def kill_at_random(toy: Toy, source: str, target: str, workers: int, kills: int,
                 processes[victim].kill()
                 processes[victim].join(10)
                 met += processes[victim].exitcode == -signal.SIGKILL
-                processes[victim] = start(toy, source, target, s3)
-            time.sleep(0.05)
-        assert met == kills, f"only {met} workers were killed that held a shard"
+                processes[victim] = start(toy, source, target, s3, 0.3)
+            time.sleep(0.02)
+        assert met == KILLS, f"only {met} workers were killed that held a shard"
         for process in processes:
             process.join(max(0.0, deadline - time.monotonic()))
             assert process.exitcode == 0
@@ -133,14 +135,14 @@ def check(alone: dict[str, bytes], target: str) -> None:
     assert found.keys() == alone.keys()
     for name in alone:
         assert found[name] == alone[name], name
-    assert read_latent_set(target).samples == len(open_index([target])) == 24
+    assert read_latent_set(target).samples == len(open_index([target])) == 2 * SHARDS
 
 
 def test_workers_killed_at_random_leave_what_one_process_makes(
     toy: Toy, source: str, alone: dict[str, bytes], tmp_path: Path
 ) -> None:
     target = str(tmp_path / "latents")
-    kill_at_random(toy, source, target, workers=3, kills=5, s3={})
+    kill_at_random(toy, source, target, {})
     check(alone, target)
 
 
@@ -162,7 +164,7 @@ def test_the_same_in_an_object_store(
     tmp_path: Path,
 ) -> None:
     monkeypatch.setenv("LVDM_CACHE", str(tmp_path))
-    kill_at_random(toy, source, "s3://encoded/latents", workers=3, kills=3, s3=store)
+    kill_at_random(toy, source, "s3://encoded/latents", store)
     check(alone, "s3://encoded/latents")
 
 

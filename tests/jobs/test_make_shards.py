@@ -148,7 +148,7 @@ def test_folders_of_frames(tmp_path: Path) -> None:
     assert [reason for _, reason in made.failed] == ["the frame rate is unknown, so it cannot be cut"]
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
 def test_a_list(kind: str, folder: Path, tmp_path: Path) -> None:
     rows = [
         {"url": "videos/a.mp4", "text": "one", "start": "", "end": "00:00:01.5", "score": 3},
@@ -156,9 +156,9 @@ def test_a_list(kind: str, folder: Path, tmp_path: Path) -> None:
         {"url": "videos/nowhere.mp4", "text": "three", "start": "", "end": "", "score": 5},
     ]
     path = tmp_path / f"list.{kind}"
-    if kind == "csv":
+    if kind in ("csv", "tsv"):
         with open(path, "w", newline="") as stream:
-            writer = csv.DictWriter(stream, rows[0])
+            writer = csv.DictWriter(stream, rows[0], delimiter="," if kind == "csv" else "\t")
             writer.writeheader()
             writer.writerows(rows)
     elif kind == "jsonl":
@@ -185,6 +185,7 @@ def test_a_list(kind: str, folder: Path, tmp_path: Path) -> None:
         ("path,caption\n", "has no rows"),
         ("file,caption\na.mp4,x\n", r"has no column path / url / video; it has file, caption"),
         ("path\n\nb.mp4\n,\n", r"row 2: path is empty"),
+        ("path,caption\na.mp4,a dog, running\n", "row 1 has more cells than there are columns; quote its texts"),
         ("path,start\na.mp4,soon\n", r"row 1: start 'soon' is no time"),
         ("path,start,end\na.mp4,1,2\nb.mp4,3,2\n", r"row 2: end 2\.0 is not after start 3\.0"),
     ],
@@ -198,7 +199,7 @@ def test_faults_of_a_list_are_named(text: str, fault: str, tmp_path: Path) -> No
 
 def test_lists_of_other_kinds_are_refused(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("a.mp4")
-    with pytest.raises(UserError, match=r"a list is \.csv, \.jsonl or \.parquet, not \.txt"):
+    with pytest.raises(UserError, match=r"a list is \.csv, \.tsv, \.jsonl or \.parquet, not \.txt"):
         read_list(str(tmp_path / "list.txt"))
     (tmp_path / "list.jsonl").write_text("{")
     with pytest.raises(UserError, match=r"list\.jsonl cannot be parsed"):
@@ -283,3 +284,8 @@ def test_numbers_and_booleans_of_a_csv_are_such(tmp_path: Path) -> None:
     first, second = read_list(str(tmp_path / "a.csv"))
     assert (first.caption, first.meta) == ("12", {"score": 4.5, "checked": True, "code": "007"})
     assert second.meta == {"score": None, "checked": False, "code": "12"}
+    (tmp_path / "b.csv").write_text("path,caption\n7,12\n8,13\n")  # but neither names nor captions
+    assert [(Path(s.location).name, s.caption) for s in read_list(str(tmp_path / "b.csv"))] == [
+        ("7", "12"),
+        ("8", "13"),
+    ]

@@ -10,9 +10,10 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, T5ForConditionalGeneration
 
-from lvdm.config import DiffusersVAE, TextEncoderConfig
+from lvdm.config import DiffusersVAE, OwnVAE, TextEncoderConfig
 from lvdm.errors import UserError
-from lvdm.models.frozen import DiffusersFrozenVAE, OwnFrozenVAE, load_text_encoder
+from lvdm.inference import load_vae, read_scaling
+from lvdm.models.frozen import DiffusersFrozenVAE, OwnFrozenVAE, known_fingerprint, load_text_encoder
 from lvdm.models.video_autoencoder import split_moments
 from tests.models.formula import formula_input
 
@@ -54,6 +55,56 @@ def test_scale_and_shift(vae_folder):
     z = torch.tensor([3.0, -2.0])
     assert vae.normalize(z).tolist() == [1.0, -1.5]
     assert vae.denormalize(vae.normalize(z)).tolist() == [3.0, -2.0]
+
+
+def test_scale_and_shift_of_each_channel(vae_folder):
+    scaling = (0.5, 2.0, 1.0, 4.0), (-1.0, 0.0, 1.0, 0.25)
+    vae = DiffusersFrozenVAE.load(vae_config(vae_folder), "cpu", torch.float32, scaling)
+    z_BCTHW = formula_input("z", 2, 4, 3, 2, 2)
+    normal = vae.normalize(z_BCTHW)
+    for channel, (scale, shift) in enumerate(zip(*scaling, strict=True)):
+        torch.testing.assert_close(normal[:, channel], scale * (z_BCTHW[:, channel] + shift))
+    torch.testing.assert_close(vae.denormalize(normal), z_BCTHW)
+
+
+def test_scale_and_shift_for_other_channels_are_refused(vae_folder):
+    with pytest.raises(UserError, match="the shift of the VAE has 3 values, but its latents have 4 channels"):
+        load_vae(vae_config(vae_folder), torch.device("cpu"), torch.float32, (1.0, (0.0, 0.0, 0.0)))
+
+
+def test_scale_and_shift_come_from_the_file_the_config_or_the_latents(vae_folder, tmp_path):
+    file = tmp_path / "latents.json"
+    file.write_text('{"scale": [1, 2, 3, 4], "shift": 0.5}')
+    named = vae_config(vae_folder, scaling=str(file))
+    assert load_vae(named, torch.device("cpu"), torch.float32).scale == (1.0, 2.0, 3.0, 4.0)
+
+    def latents():
+        return (7.0, 8.0)
+
+    assert read_scaling(named, latents) == ((1.0, 2.0, 3.0, 4.0), 0.5)
+    assert read_scaling(vae_config(vae_folder), latents) == (7.0, 8.0)
+    assert read_scaling(vae_config(vae_folder)) == (0.18215, 0.0)
+    assert read_scaling(vae_config(vae_folder, shift=1.0), latents) == (0.18215, 1.0)
+    assert read_scaling(OwnVAE(kind="lvdm", folder="vae"), latents) == (7.0, 8.0)
+    assert read_scaling(OwnVAE(kind="lvdm", folder="vae")) == (1.0, 0.0)
+    file.write_text('{"scale": null, "shift": 0}')
+    with pytest.raises(UserError, match=r"vae\.scaling .* gives no scale and shift"):
+        read_scaling(named)
+
+
+def test_known_fingerprints_are_read_once(vae_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("LVDM_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(vae_folder / "vae", tmp_path / "vae")
+    config = vae_config(tmp_path / "vae", subfolder="")
+    weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    known = known_fingerprint(config)
+    assert known == hashlib.sha256(weights.read_bytes()).hexdigest()
+    with monkeypatch.context() as patch:
+        patch.setattr("lvdm.models.frozen.sha256_of", None)
+        assert known_fingerprint(config) == known
+    weights.write_bytes(weights.read_bytes() + b" ")
+    assert known_fingerprint(config) != known
+    assert known_fingerprint(TextEncoderConfig(name=MINILM)) == load_text(MINILM, max_length=8).fingerprint
 
 
 def test_fingerprint_tells_weights_apart(vae_folder, tmp_path):

@@ -81,7 +81,8 @@ def run_all(trees: dict[str, dict[str, Any]]) -> dict[str, str]:
 def test_every_config_takes_a_step_at_toy_size(toy: Toy, tmp_path: Path) -> None:
     trees = {name: toy_tree(name, toy, tmp_path) for name in PARAMETERS}
     stored = changed(toy_tree("lvdm_sky_short", toy, tmp_path), {"run__folder": str(tmp_path / "stored")})
-    trees["stored"] = changed(stored, {"data__kind": "latents", "data__latents__shards": [toy.latents]})
+    latents = {"kind": "latents", "latents": {"shards": [toy.latents]}, "workers": 0}
+    trees["stored"] = stored | {"data": latents | {"video": {"shards": [toy.shards], "clip": toy.clip}}}
     said = run_ranks(run_all, 1, trees)[0]
     for name in trees:
         (line,) = log_of(tmp_path / name)
@@ -99,8 +100,8 @@ def test_latents_without_text_train_a_model_without_text(toy: Toy, tmp_path: Pat
     path.write_text(json.dumps(tree))
     latents = str(tmp_path / "latents")
     config = load_training_config(path)
-    encode_folder(config, toy.shards, latents, device=torch.device("cpu"), dtype=torch.float32, batch=8)  # type: ignore[arg-type]
-    assert read_latent_set(latents).text.name == "none"
+    encode_folder(config, toy.shards, latents, device=torch.device("cpu"), dtype=torch.float32)  # type: ignore[arg-type]
+    assert read_latent_set(latents).text is None
     run_ranks(run, 1, changed(tree, {"data__kind": "latents", "data__latents__shards": [latents]}))
     assert log_of(tmp_path / "lvdm_sky_interp")[0]["loss"] > 0
 

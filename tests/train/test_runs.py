@@ -139,15 +139,6 @@ def test_a_signal_to_one_rank_saves_and_stops_all(toy: Toy, tmp_path: Path, numb
     assert (folder / "checkpoints" / "latest").read_text() == f"step-{stopped_at:08d}"
 
 
-def test_video_shards_and_their_latents_train_alike(toy: Toy, tmp_path: Path) -> None:
-    """Same source and seed, fixed clip start: the same samples, draws and, but for rounding, losses."""
-    stored, decoded = tmp_path / "latents", tmp_path / "video"
-    run_ranks(run, 1, toy.diffusion(stored, run__steps=3))
-    run_ranks(run, 1, toy.diffusion(decoded, run__steps=3, data__kind="video"))
-    first, second = ([line["loss"] for line in log_of(folder)] for folder in (stored, decoded))
-    assert first == pytest.approx(second, rel=1e-4)
-
-
 def test_images_and_videos_of_weighted_sets_train_together_and_resume(toy: Toy, tmp_path: Path) -> None:
     """Two buckets, one of them of images, a bad one too, whose step is twice as large; two ranks stop, one goes on."""
     vae = AutoencoderKL(

@@ -41,12 +41,13 @@ from lvdm.data.build_index import build_index
 from lvdm.data.decode import decode_frames
 from lvdm.data.fetch import Fetcher
 from lvdm.data.latents import (
-    LATENT_MEMBER,
-    TEXT_MEMBER,
     LatentSetInfo,
     LatentText,
     LatentVAE,
-    encode_latent,
+    latent_member,
+    pack_latent,
+    pack_text,
+    text_member,
     write_latent_set,
 )
 from lvdm.data.loader import Loader, build_loader
@@ -203,7 +204,7 @@ def latents(shards: int, race: Race) -> tuple[list[str], list[Target]]:
         assert exhaust(loader) == samples
         megabytes = cat(paths) / 1e6
         seconds = race(runs)
-        wastes.append(read_over_needed(loader, (LATENT_MEMBER, TEXT_MEMBER)))
+        wastes.append(read_over_needed(loader, (latent_member(0), text_member(0, 0))))
         row = [dtype, *(f"{megabytes / statistics.median(of):.0f}" for of in seconds.values())]
         rows.append([*row, f"{ratio(seconds, 'cat'):.3f}", f"{wastes[-1]:.4f}"])
         print(*rows[-1], sep=" | ", flush=True)
@@ -395,7 +396,7 @@ def video_set(size: str, shards: int) -> Path:
 
 def latent_set(dtype: Literal["fp32", "bf16"], shards: int) -> Path:
     """Shards of random latents, made once and indexed."""
-    folder = cache_folder("bench") / f"latents-{dtype}-{shards}x{LATENTS_PER_SHARD}"
+    folder = cache_folder("bench") / f"latents-2-{dtype}-{shards}x{LATENTS_PER_SHARD}"
     if not folder.exists():
         generator = torch.Generator().manual_seed(0)
         channels, *rest = LATENT
@@ -405,7 +406,13 @@ def latent_set(dtype: Literal["fp32", "bf16"], shards: int) -> Path:
                 for _ in range(LATENTS_PER_SHARD):
                     moments_CTHW = torch.randn((2 * channels, *rest), generator=generator)
                     states_LD = torch.randn((TOKENS, DIM), generator=generator)
-                    members.append(encode_latent(moments_CTHW, states_LD, "noise", dtype))
+                    members.append(
+                        {
+                            "txt": b"noise",
+                            text_member(0, 0): pack_text(states_LD, dtype),
+                            latent_member(0): pack_latent(moments_CTHW, dtype),
+                        }
+                    )
                 write_shard(str(place), shard, with_keys(shard, members))
             info = LatentSetInfo(
                 vae=LatentVAE(kind="lvdm", name="none", sha256=""),
@@ -414,7 +421,7 @@ def latent_set(dtype: Literal["fp32", "bf16"], shards: int) -> Path:
                 shift=0.0,
                 clip=ClipConfig(),
                 dtype=dtype,
-                shape=LATENT,
+                shapes=(LATENT,),
                 samples=shards * LATENTS_PER_SHARD,
                 lvdm_version=__version__,
             )

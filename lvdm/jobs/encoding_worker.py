@@ -1,0 +1,228 @@
+"""One process of an encoding job: it encodes the shards that it can claim, until all of the job are done."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from lvdm.config import DataConfig
+from lvdm.data.fetch import Fetcher
+from lvdm.data.latents import LatentSetInfo, fault_of_moments, latent_member, pack_latent, pack_text, text_member
+from lvdm.data.one_pass import OnePassDataset, SourceSample
+from lvdm.data.workers import read_plan
+from lvdm.data.writer import ShardSample, write_shard
+from lvdm.errors import Requeue, UserError
+from lvdm.jobs.encoders import Coming, Encoders
+from lvdm.jobs.encoding_source import EncodingSource
+from lvdm.jobs.latent_stats import ChannelSums
+from lvdm.jobs.leases import Leases
+from lvdm.jobs.progress import Report
+from lvdm.jobs.shard_board import Board, Manifest
+from lvdm.jobs.shard_output import ClipPlace, EncodedSample, ShardOutput
+from lvdm.jobs.shard_queue import ShardQueue
+
+log = logging.getLogger(__name__)
+
+LATENT_FIELDS = ("clips", "clip_frames", "clip_height", "clip_width", "encoded")
+"""Fields of a sample's ``.json`` that encoding adds."""
+_SHARDS_AT_ONCE = 2  # that are written while the next is encoded
+
+
+class Worker:
+    """Encodes shards of ``shards`` into ``target``; loader processes decode, a thread a shard writes."""
+
+    def __init__(
+        self,
+        data: DataConfig,
+        shards: EncodingSource,
+        target: str,
+        info: LatentSetInfo,
+        encoders: Encoders,
+        board: Board,
+        leases: Leases,
+        progress: Report,
+    ) -> None:
+        assert data.video is not None
+        self._data, self._shards, self._target, self._info = data, shards, target, info
+        self._encoders, self._board, self._leases, self._progress = encoders, board, leases, progress
+        self._places = info.places or ["txt"]
+        with_frames = info.vae is not None
+        self._dataset = OnePassDataset(
+            shards.source, data.video, Fetcher(), seed=info.seed, clips=info.clips, frames=with_frames
+        )
+        longest = max(size.frames for size in info.clip.sizes) if with_frames else 1
+        self._clips_at_once = max(1, info.frames_at_once // longest)
+        self._outputs: dict[str, ShardOutput] = {}
+        """Shards that are being encoded or written."""
+        self._own = 0
+        """Samples encoded of those."""
+        self._told = 0.0
+
+    def run(self) -> None:
+        """Work until nothing is left.
+
+        Raises:
+            UserError: the target cannot be written.
+            Requeue: its store does not answer.
+        """
+        items = max(1, self._clips_at_once // self._info.clips)
+        with (
+            ThreadPoolExecutor(_SHARDS_AT_ONCE) as pool,
+            ShardQueue(self._board, self._leases, lambda shard: self._shards.batches(shard, items)) as queue,
+        ):
+            try:
+                self._encode_all(pool, queue)
+            except Exception as error:
+                self._stop(error)
+                raise
+
+    def report(self) -> None:
+        """Tell, at most once a second, what all workers have done."""
+        now = time.monotonic()
+        if now - self._told > 1:
+            finished = sum(self._shards.count(name) for name in list(self._board.finished))
+            self._progress(min(finished + self._own, self._shards.samples), self._shards.samples)
+            self._told = now
+
+    def _encode_all(self, pool: ThreadPoolExecutor, queue: ShardQueue) -> None:
+        batches = read_plan(self._data, self._dataset, queue)
+        while True:
+            try:
+                samples = next(batches, None)
+            except (UserError, Requeue) as error:
+                if queue.error is not None:
+                    raise
+                self._fail(queue, error)
+                batches = read_plan(self._data, self._dataset, queue)
+                continue
+            self._collect(queue)
+            self.report()
+            if samples is None:
+                return
+            planned = queue.take()
+            if planned is None:
+                continue
+            output = self._outputs.get(planned.shard)
+            if output is None:
+                output = ShardOutput(pool, lambda given, name=planned.shard: self._write(name, given))
+                self._outputs[planned.shard] = output
+            for sample in self._encode(samples):
+                output.put(sample)
+            self._own += len(samples)
+            if planned.last:
+                output.end()
+
+    def _collect(self, queue: ShardQueue) -> None:
+        """Let go of the shards that are written. Raises what writing met."""
+        for name, output in list(self._outputs.items()):
+            if output.written.done():
+                output.written.result()
+                del self._outputs[name]
+                self._own -= self._shards.count(name)
+                queue.done(name)
+
+    def _fail(self, queue: ShardQueue, error: UserError | Requeue) -> None:
+        """Record that a shard could not be read, and go on with the next."""
+        name = queue.drop()
+        log.warning("%s: %s", name, error)
+        output = self._outputs.pop(name, None)
+        if output is not None:
+            output.abort(error)
+        self._board.fail(name, str(error))
+        queue.done(name)
+
+    def _stop(self, error: Exception) -> None:
+        """Leave the shards under way; one that meets a fault of ours again and again must not stop all workers."""
+        for name, output in self._outputs.items():
+            output.abort(error)
+            if not isinstance(error, UserError | Requeue):
+                self._board.fail(name, f"{type(error).__name__}: {error}")
+
+    def _encode(self, samples: Sequence[SourceSample]) -> Iterator[EncodedSample]:
+        """Start encoding the samples of a micro-batch, and give them in their order."""
+        good = [sample for sample in samples if not sample.fault]
+        moments = self._encode_clips([sample.clips_NTHWC for sample in good if sample.clips_NTHWC is not None])
+        states = self._encode_captions([text for one in good for place in one.captions for text in place])
+        for sample in samples:
+            clips = 0 if sample.fault or sample.clips_NTHWC is None else len(sample.clips_NTHWC)
+            own = [] if sample.fault else [(p, i) for p, texts in enumerate(sample.captions) for i in range(len(texts))]
+            yield EncodedSample(
+                replace(sample, clips_NTHWC=None),
+                [next(moments) for _ in range(clips)],
+                [(place, number, next(states)) for place, number in own] if self._info.text is not None else [],
+            )
+
+    def _encode_clips(self, clips: Sequence[torch.Tensor]) -> Iterator[ClipPlace]:
+        if not clips:
+            return
+        clips_NTHWC = torch.cat(list(clips)) if len(clips) > 1 else clips[0]
+        for part_NTHWC in clips_NTHWC.split(self._clips_at_once):
+            call = self._encoders.moments(part_NTHWC)
+            yield from (ClipPlace(call, number) for number in range(len(part_NTHWC)))
+
+    def _encode_captions(self, captions: Sequence[str]) -> Iterator[Coming]:
+        if self._info.text is None:
+            return
+        for first in range(0, len(captions), self._clips_at_once):
+            yield from self._encoders.states(captions[first : first + self._clips_at_once])
+
+    def _write(self, name: str, samples: Iterator[EncodedSample]) -> None:
+        """Write a shard and finish it."""
+        left_out: list[list[str]] = []
+        sums: list[ChannelSums] = []
+        stats = write_shard(self._target, name, (self._packed(sample, left_out, sums) for sample in samples))
+        total = None
+        for one in sums:
+            total = one if total is None else total.merge(one)
+        manifest = Manifest(
+            settings=self._board.settings,
+            source=self._board.sources[name],
+            samples=stats.successes,
+            left_out=left_out,
+            files=stats.files,
+            sums=total.to_json() if total is not None else None,
+        )
+        self._board.finish(name, manifest)
+
+    def _packed(self, encoded: EncodedSample, left_out: list[list[str]], sums: list[ChannelSums]) -> ShardSample:
+        """The sample with its members; what is wrong with a bad one goes to ``left_out``."""
+        sample = encoded.sample
+        moments = [place.wait() for place in encoded.moments]
+        states = [(place, number, coming.wait()) for place, number, coming in encoded.states]
+        fault = sample.fault or next(filter(None, map(fault_of_moments, moments)), "")
+        if not fault and not all(torch.isfinite(states_LD).all() for _, _, states_LD in states):
+            fault = "the text states are not finite"
+        if fault:
+            left_out.append([sample.key, fault])
+            return ShardSample(sample.key, {}, status="failed_to_subsample", error_message=fault)
+        members = {}
+        first = next((text for texts in sample.captions for text in texts), "")
+        if first:
+            members["txt"] = first.encode()
+        for place, number, states_LD in states:
+            members[text_member(place, number)] = pack_text(states_LD, self._info.dtype)
+        for number, moments_CTHW in enumerate(moments):
+            members[latent_member(number)] = pack_latent(moments_CTHW, self._info.dtype)
+            sums.append(ChannelSums.of(moments_CTHW))
+        return ShardSample(sample.key, members, self._fields(encoded))
+
+    def _fields(self, encoded: EncodedSample) -> dict[str, Any]:
+        """The fields of a sample's ``.json``: the source's, and what was made of it how."""
+        sample, info = encoded.sample, self._info
+        fields = {name: value for name, value in sample.meta.items() if name not in LATENT_FIELDS}
+        about: dict[str, Any] = {"dtype": info.dtype, "lvdm": info.lvdm_version, **sample.about}
+        if info.vae is not None:
+            size = info.clip.sizes[sample.bucket]
+            fields |= {"clips": len(encoded.moments)}
+            fields |= {"clip_frames": size.frames, "clip_height": size.height, "clip_width": size.width}
+            about["vae"] = info.vae.sha256
+        if info.text is not None:
+            about["text"] = info.text.sha256
+            about["captions"] = [[self._places[place], number] for place, number, _ in encoded.states]
+        return {**fields, "encoded": about}
