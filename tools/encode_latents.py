@@ -18,9 +18,10 @@ New captions or another text encoder for latents that are there, to be read with
 from __future__ import annotations
 
 import argparse
+import signal
 
 from lvdm.config import LatentDiffusionTraining, ShardSet, load_training_config, shard_folders, shard_sets
-from lvdm.errors import UserError, command_line
+from lvdm.errors import Requeue, UserError, command_line
 
 
 def main() -> None:
@@ -42,10 +43,17 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the config")
     arguments = parser.parse_intermixed_args()
     with command_line("encode_latents"):
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, stop)
         config = load_training_config(arguments.config, arguments.overrides)
         if not isinstance(config, LatentDiffusionTraining) or config.data.video is None:
             raise UserError(f"{arguments.config} must be a latent_diffusion config with data.video")
         encode_all(config, arguments)
+
+
+def stop(number: int, frame: object) -> None:
+    """End in good order when SLURM takes the node away. Raises `Requeue`."""
+    raise Requeue(f"{signal.Signals(number).name}: the shards under way are given back")
 
 
 def positive(text: str) -> int:

@@ -6,7 +6,7 @@ Shape letters as in `lvdm.models.frozen`; N clips of one call.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,7 +48,7 @@ class Encoders:
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def frames_that_fit(self, sizes: Sequence[ClipConfig]) -> int:
-        """Frames of the largest of ``sizes`` that the VAE can be given at once, by the memory that a trial of few takes.
+        """Frames of the largest of ``sizes`` that the VAE can be given at once, by what a trial of few takes.
 
         Raises:
             UserError: not even those fit.
@@ -74,11 +74,18 @@ class Encoders:
         if self.vae is not None:
             self.vae.limit_calls(frames, max(size.frames for size in sizes))
 
-    def moments(self, clips_NTHWC: Tensor) -> Coming:
-        """Moments ``[N, 2C, T, H, W]``, fp32, of uint8 clips."""
+    def moments(self, clips: Sequence[Tensor]) -> Coming:
+        """Moments ``[N, 2C, T, H, W]``, fp32, of N uint8 clips ``[T, H, W, 3]``."""
         assert self.vae is not None
-        vae = self.vae
-        return self._beside(clips_NTHWC, lambda there: vae.encode(frames_to_float(there.permute(0, 4, 1, 2, 3))))
+        if self._copies is None:
+            clips_NTHWC = torch.stack(list(clips)).to(self.device)
+        else:  # one by one, as each is in pinned memory and what they are stacked into would not be
+            main = torch.cuda.current_stream(self.device)
+            with torch.cuda.stream(self._copies):
+                clips_NTHWC = torch.stack([clip_THWC.to(self.device, non_blocking=True) for clip_THWC in clips])
+            main.wait_stream(self._copies)
+            clips_NTHWC.record_stream(main)
+        return self._home(self.vae.encode(frames_to_float(clips_NTHWC.permute(0, 4, 1, 2, 3))))
 
     def states(self, captions: Sequence[str]) -> list[Coming]:
         """States ``[L, D]``, fp32, of each caption, without its padding where that is masked."""
@@ -86,16 +93,6 @@ class Encoders:
         states_BLD, mask_BL = self.text.encode(captions)
         kept = mask_BL.sum(1).tolist() if self.text.mask_padding else [states_BLD.shape[1]] * len(captions)
         return [self._home(states[:length].float()) for states, length in zip(states_BLD, kept, strict=True)]
-
-    def _beside(self, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Coming:
-        if self._copies is None:
-            return self._home(compute(x.to(self.device)))
-        main = torch.cuda.current_stream(self.device)
-        with torch.cuda.stream(self._copies):
-            there = x.to(self.device, non_blocking=True)
-        main.wait_stream(self._copies)
-        there.record_stream(main)
-        return self._home(compute(there))
 
     def _home(self, result: Tensor) -> Coming:
         if self._copies is None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -60,8 +63,8 @@ class Worker:
         self._clips_at_once = max(1, info.frames_at_once // longest)
         self._outputs: dict[str, ShardOutput] = {}
         """Shards that are being encoded or written."""
-        self._own = 0
-        """Samples encoded of those."""
+        self._encoded: Counter[str] = Counter()
+        """Samples of those that are encoded."""
         self._told = 0.0
 
     def run(self) -> None:
@@ -78,7 +81,7 @@ class Worker:
         ):
             try:
                 self._encode_all(pool, queue)
-            except Exception as error:
+            except BaseException as error:  # or the threads would wait for more
                 self._stop(error)
                 raise
 
@@ -87,7 +90,7 @@ class Worker:
         now = time.monotonic()
         if now - self._told > 1:
             finished = sum(self._shards.count(name) for name in list(self._board.finished))
-            self._progress(min(finished + self._own, self._shards.samples), self._shards.samples)
+            self._progress(min(finished + self._encoded.total(), self._shards.samples), self._shards.samples)
             self._told = now
 
     def _encode_all(self, pool: ThreadPoolExecutor, queue: ShardQueue) -> None:
@@ -110,11 +113,11 @@ class Worker:
                 continue
             output = self._outputs.get(planned.shard)
             if output is None:
-                output = ShardOutput(pool, lambda given, name=planned.shard: self._write(name, given))
+                output = ShardOutput(pool, functools.partial(self._write, planned.shard))
                 self._outputs[planned.shard] = output
             for sample in self._encode(samples):
                 output.put(sample)
-            self._own += len(samples)
+            self._encoded[planned.shard] += len(samples)
             if planned.last:
                 output.end()
 
@@ -123,8 +126,7 @@ class Worker:
         for name, output in list(self._outputs.items()):
             if output.written.done():
                 output.written.result()
-                del self._outputs[name]
-                self._own -= self._shards.count(name)
+                del self._outputs[name], self._encoded[name]
                 queue.done(name)
 
     def _fail(self, queue: ShardQueue, error: UserError | Requeue) -> None:
@@ -134,37 +136,39 @@ class Worker:
         output = self._outputs.pop(name, None)
         if output is not None:
             output.abort(error)
+        del self._encoded[name]
         self._board.fail(name, str(error))
         queue.done(name)
 
-    def _stop(self, error: Exception) -> None:
+    def _stop(self, error: BaseException) -> None:
         """Leave the shards under way; one that meets a fault of ours again and again must not stop all workers."""
-        for name, output in self._outputs.items():
-            output.abort(error)
-            if not isinstance(error, UserError | Requeue):
-                self._board.fail(name, f"{type(error).__name__}: {error}")
+        for output in self._outputs.values():
+            with contextlib.suppress(Exception):
+                output.abort(RuntimeError(f"stopped by {type(error).__name__}"))
+        if not isinstance(error, UserError | Requeue | KeyboardInterrupt):
+            for name in self._outputs:
+                with contextlib.suppress(Exception):
+                    self._board.fail(name, f"{type(error).__name__}: {error}")
 
     def _encode(self, samples: Sequence[SourceSample]) -> Iterator[EncodedSample]:
         """Start encoding the samples of a micro-batch, and give them in their order."""
         good = [sample for sample in samples if not sample.fault]
-        moments = self._encode_clips([sample.clips_NTHWC for sample in good if sample.clips_NTHWC is not None])
+        clips = [clip_THWC for one in good if one.clips_NTHWC is not None for clip_THWC in one.clips_NTHWC]
+        moments = self._encode_clips(clips)
         states = self._encode_captions([text for one in good for place in one.captions for text in place])
         for sample in samples:
-            clips = 0 if sample.fault or sample.clips_NTHWC is None else len(sample.clips_NTHWC)
+            count = 0 if sample.fault or sample.clips_NTHWC is None else len(sample.clips_NTHWC)
             own = [] if sample.fault else [(p, i) for p, texts in enumerate(sample.captions) for i in range(len(texts))]
             yield EncodedSample(
                 replace(sample, clips_NTHWC=None),
-                [next(moments) for _ in range(clips)],
+                [next(moments) for _ in range(count)],
                 [(place, number, next(states)) for place, number in own] if self._info.text is not None else [],
             )
 
     def _encode_clips(self, clips: Sequence[torch.Tensor]) -> Iterator[ClipPlace]:
-        if not clips:
-            return
-        clips_NTHWC = torch.cat(list(clips)) if len(clips) > 1 else clips[0]
-        for part_NTHWC in clips_NTHWC.split(self._clips_at_once):
-            call = self._encoders.moments(part_NTHWC)
-            yield from (ClipPlace(call, number) for number in range(len(part_NTHWC)))
+        for first in range(0, len(clips), self._clips_at_once):
+            call = self._encoders.moments(clips[first : first + self._clips_at_once])
+            yield from (ClipPlace(call, number) for number in range(len(call.tensor)))
 
     def _encode_captions(self, captions: Sequence[str]) -> Iterator[Coming]:
         if self._info.text is None:

@@ -28,7 +28,7 @@ from types import TracebackType
 from fsspec.implementations.local import LocalFileSystem
 
 from lvdm.errors import Requeue, UserError
-from lvdm.storage import Missing, locate, persistently, read_file, write_text
+from lvdm.storage import Missing, locate, read_file, write_text
 
 log = logging.getLogger(__name__)
 
@@ -184,16 +184,16 @@ def _link_new(url: str, path: str, content: bytes) -> bool:
 
 def _put_new(url: str, content: bytes) -> bool:
     fs, path = locate(url)
-    try:
-        fs.pipe_file(path, content, mode="create")
-    except Exception as error:  # clients tell a failed condition in many ways
+    for attempt in range(_ATTEMPTS):
         try:
-            if persistently(url, lambda fs, path: bytes(fs.cat_file(path))) == content:
-                return True
-        except Missing:
-            raise UserError(f"cannot write {url}: {type(error).__name__}: {error}") from None
-        return False
-    return True
+            fs.pipe_file(path, content, mode="create")
+            return True
+        except Exception as error:  # clients tell a failed condition in many ways
+            last = error
+        with contextlib.suppress(Missing):  # whoever was there before gave it back meanwhile
+            return read_file(url) == content
+        time.sleep(_SETTLE * attempt)
+    raise UserError(f"cannot write {url}: {type(last).__name__}: {last}")
 
 
 def _replace(url: str, content: bytes) -> None:

@@ -196,10 +196,10 @@ def list_files(folder: str) -> dict[str, int]:
             raise UserError(f"cannot read {folder}: {error.strerror}") from None
     fs.invalidate_cache()
     try:
-        entries = persistently(folder, lambda fs, root: list(fs.ls(root, detail=True)), patient=True)
+        found = persistently(folder, lambda fs, root: list(fs.ls(root, detail=True)), patient=True)
     except Missing:
         return {}
-    return {str(entry["name"]).rstrip("/").rsplit("/", 1)[-1]: int(entry.get("size") or 0) for entry in entries}
+    return {str(entry["name"]).rstrip("/").rsplit("/", 1)[-1]: int(entry.get("size") or 0) for entry in found}
 
 
 def _manifest(tree: dict[str, Any]) -> Manifest:
