@@ -38,6 +38,7 @@ _OURS = (TypeError, ValueError, ImportError, NotImplementedError)  # a fault of 
 _NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 _ABSENT_STATUS = {404, 410}  # of the answers 400 to 499 of a web server
 _PASSING_STATUS = {408, 425, 429}
+_NEVER_STATUS = {501, 505}  # of those from 500 on
 
 
 class Missing(UserError):
@@ -101,7 +102,8 @@ def _is_absence(error: Exception) -> bool:
 
 def _is_refusal(error: Exception) -> bool:
     """Whether a web server will not answer otherwise."""
-    return 400 <= _status(error) < 500 and _status(error) not in _PASSING_STATUS
+    status = _status(error)
+    return status in _NEVER_STATUS or (400 <= status < 500 and status not in _PASSING_STATUS)
 
 
 def _status(error: Exception) -> int:
@@ -184,6 +186,8 @@ def atomic_file(url: str) -> Iterator[str]:
             sync(folder)
         else:
             persistently(url, lambda fs, place: fs.put_file(path, place), patient=True, doing="write")
+    except NotImplementedError:
+        raise UserError(f"cannot write {url}: its store takes no files") from None
     except OSError as error:
         if error.errno in _NO_PLACE:
             raise UserError(f"cannot write {url}: {os.strerror(error.errno)}") from None

@@ -2,7 +2,8 @@
 
 Groups of shards are scanned by worker processes; what a group gave is kept in ``.index/`` in the folder under a name
 that changes with its shards, so that a build that was stopped, or runs again after a few shards were added, scans only
-what is new. At the end the groups are merged into ``index.arrow``, one at a time.
+what is new. Who writes shards by the thousand puts what is in each there, so that none is read again. At the end all is
+merged into ``index.arrow``, a few files at a time.
 
 A damaged shard gives the samples that stand before the damage, and is named in the log and in the index.
 """
@@ -19,8 +20,8 @@ import os
 import threading
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -63,6 +64,7 @@ _VIDEO_COLUMNS = {
 _EXCLUDED = "excluded"
 _SCAN = 2  # of what a scan gives: part of the names of groups, so that those of another one are not used
 _OURS = (TypeError, ValueError, LookupError, AssertionError, AttributeError)  # what comes of faults of ours
+_READS = 16  # of groups' files, side by side
 _NAMED = 100  # damaged shards that the log names
 
 
@@ -105,11 +107,12 @@ def build_index(
     for url, keys in exclude.items():
         name = locate(url)[1].removeprefix(f"{here}/")
         excluded[name] = excluded.get(name, frozenset()) | keys
-    groups = list(_groups(shards))
-    names = [f"{_name(group, excluded)}.arrow" for group in groups]
+    there = _there(f"{folder}/{PARTS}")
+    told = {shard.name for shard in shards if _part_of(shard) in there and shard.name not in excluded}
+    groups = list(_groups(shards, told))
+    names = [_part_of(group[0]) if group[0].name in told else f"{_name(group, excluded)}.arrow" for group in groups]
     paths = [f"{folder}/{PARTS}/{name}" for name in names]
     fs, root = locate(f"{folder}/{PARTS}")
-    there = _there(f"{folder}/{PARTS}")
     missing = [i for i, name in enumerate(names) if name not in there]
     done = len(shards) - sum(len(groups[i]) for i in missing)
     progress(done, len(shards))
@@ -119,12 +122,29 @@ def build_index(
     built = _merge(folder, groups, paths)
     named = sum(map(len, excluded.values()))
     built = replace(built, unmatched=named - built.left_out.get(_EXCLUDED, 0))
-    if len(groups) == 1:  # another shard would be scanned together with these
+    # another shard would be scanned together with these, or they are read in no time
+    if len(groups) == 1 or (len(told) == len(shards) <= _LARGEST_GROUP):
         fs.rm(root, recursive=True)
     else:
         for name in there.keys() - set(names):
             fs.rm(there[name], recursive=True)
     return built
+
+
+def tell_index(folder: str, shard: str) -> None:
+    """Put what is in a new shard of ``folder`` where `build_index` finds it, so that it need not read the shard.
+
+    Args:
+        shard: a local path of the shard, of the name that it has in the folder. Another one of that name and size must
+            not come into the folder without this.
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    file = ShardFile(os.path.basename(shard), os.path.getsize(shard), "")
+    rows = _Rows()
+    damage = _scan_shard(rows, 0, shard, file, frozenset())
+    assert not damage, damage
+    _write_part(f"{folder.rstrip('/')}/{PARTS}/{_part_of(file)}", rows, [file], {})
 
 
 def read_exclusions(path: Path) -> dict[str, frozenset[str]]:
@@ -193,10 +213,19 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _groups(shards: Sequence[ShardFile]) -> Iterator[list[ShardFile]]:
-    """Neighbouring shards; their names alone say where a group ends, so that one more shard changes one group."""
+def _groups(shards: Sequence[ShardFile], told: Collection[str]) -> Iterator[list[ShardFile]]:
+    """Neighbouring shards; their names alone say where a group ends, so that one more shard changes one group.
+
+    Args:
+        told: names of shards that are groups of their own, as whoever wrote them told what is in them.
+    """
     group: list[ShardFile] = []
     for shard in shards:
+        if shard.name in told:
+            yield from ([group] if group else [])
+            yield [shard]
+            group = []
+            continue
         group.append(shard)
         draw = hashlib.sha256(os.fsencode(shard.name)).digest()[0]
         if draw % _GROUP == 0 or len(group) == _LARGEST_GROUP:
@@ -204,6 +233,11 @@ def _groups(shards: Sequence[ShardFile]) -> Iterator[list[ShardFile]]:
             group = []
     if group:
         yield group
+
+
+def _part_of(shard: ShardFile) -> str:
+    """The file of what is in one shard, by whoever wrote it."""
+    return f"{shard.name}.{shard.size}.arrow"
 
 
 def _of(group: Sequence[ShardFile], exclude: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:
@@ -274,12 +308,17 @@ def _scan_group(folder: str, group: Sequence[ShardFile], path: str, exclude: Map
         if damage:
             damaged[shard.name] = damage
         fs, place = locate(f"{folder}/{shard.name}")
-        shards.append(asdict(replace(shard, ends=ends_of(place)) if isinstance(fs, LocalFileSystem) else shard))
+        shards.append(replace(shard, ends=ends_of(place)) if isinstance(fs, LocalFileSystem) else shard)
+    _write_part(path, rows, shards, damaged)
+
+
+def _write_part(path: str, rows: _Rows, shards: Sequence[ShardFile], damaged: Mapping[str, str]) -> None:
     table, extensions = rows.table()
-    about = {"shards": shards, "extensions": extensions, "left_out": rows.left_out, "damaged": damaged}
+    about = {"shards": [asdict(shard) for shard in shards], "extensions": extensions}
+    about |= {"left_out": rows.left_out, "damaged": damaged}
     table = table.replace_schema_metadata({"lvdm": json.dumps(about)})
     options = pa.ipc.IpcWriteOptions(compression="zstd")
-    with _written(path) as target, pa.ipc.new_file(target, table.schema, options=options) as writer:
+    with atomic_file(path) as target, pa.ipc.new_file(target, table.schema, options=options) as writer:
         writer.write_table(table)
 
 
@@ -329,21 +368,6 @@ def _block_size(url: str, shard: ShardFile) -> int:
     return _HEADER_BLOCK if large else _STREAM_BLOCK
 
 
-@contextlib.contextmanager
-def _written(path: str) -> Iterator[str]:
-    """As `atomic_file`, with a store's refusal as a `UserError`."""
-    fs, _ = locate(path)
-    try:
-        with atomic_file(path) as target:
-            yield target
-    except UserError:
-        raise
-    except Exception as error:
-        if isinstance(fs, LocalFileSystem):
-            raise
-        raise UserError(f"cannot write {path}: {type(error).__name__}: {error}") from None
-
-
 def _merge(folder: str, groups: Sequence[Sequence[ShardFile]], paths: Sequence[str]) -> Built:
     """Write ``index.arrow`` out of the groups' files, holding one of them at a time."""
     found: Counter[str] = Counter()
@@ -353,13 +377,12 @@ def _merge(folder: str, groups: Sequence[Sequence[ShardFile]], paths: Sequence[s
     kinds: dict[str, set[pa.DataType]] = {}
     seen: Counter[str] = Counter()
     rows = 0
-    for path in paths:
-        table = _read_part(path)
+    for group, table in zip(groups, _tables(paths), strict=True):
         about = json.loads(table.schema.metadata[b"lvdm"])
         found.update(about["extensions"])
         left_out.update(about["left_out"])
         damaged |= about["damaged"]
-        files += about["shards"]
+        files += [asdict(_as_listed(folder, *pair)) for pair in zip(group, about["shards"], strict=True)]
         rows += table.num_rows
         for column in table.schema:
             if column.name.startswith(META):
@@ -384,9 +407,8 @@ def _merge(folder: str, groups: Sequence[Sequence[ShardFile]], paths: Sequence[s
     about |= {"left_out": dict(left_out), "damaged": damaged}
     schema = pa.schema(fields, metadata={"lvdm": json.dumps(about)})
     first = 0
-    with _written(f"{folder}/{INDEX_NAME}") as target, pa.ipc.new_file(target, schema) as writer:
-        for group, path in zip(groups, paths, strict=True):
-            table = _read_part(path)
+    with atomic_file(f"{folder}/{INDEX_NAME}") as target, pa.ipc.new_file(target, schema) as writer:
+        for group, table in zip(groups, _tables(paths), strict=True):
             own = json.loads(table.schema.metadata[b"lvdm"])["extensions"]
             numbers = np.array([extensions.get(name, -1) for name in own], dtype=np.int16)
             writer.write_table(_conform(table, schema, first, numbers), max_chunksize=_ROWS_PER_BATCH)
@@ -394,8 +416,22 @@ def _merge(folder: str, groups: Sequence[Sequence[ShardFile]], paths: Sequence[s
     return Built(rows, len(files), dict(left_out), damaged)
 
 
+def _tables(paths: Sequence[str]) -> Iterator[pa.Table]:
+    """What groups' files hold, a few files ahead."""
+    with ThreadPoolExecutor(_READS) as pool:
+        for first in range(0, len(paths), 2 * _READS):
+            yield from pool.map(_read_part, paths[first : first + 2 * _READS])
+
+
 def _read_part(path: str) -> pa.Table:
     return pa.ipc.open_file(pa.BufferReader(read_file(path))).read_all()
+
+
+def _as_listed(folder: str, listed: ShardFile, known: Mapping[str, Any]) -> ShardFile:
+    """A shard with its tag and ends, which whoever wrote it could not know."""
+    if known["ends"] or not isinstance(locate(folder)[0], LocalFileSystem):
+        return replace(listed, ends=known["ends"])
+    return replace(listed, ends=ends_of(f"{locate(folder)[1]}/{listed.name}"))
 
 
 def _conform(table: pa.Table, schema: pa.Schema, first_shard: int, extensions: np.ndarray) -> pa.Table:

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import webdataset as wds
 
+from lvdm.data.build_index import tell_index
 from lvdm.storage import atomic_file, sha256_of
 
 Status = str  # success, failed_to_download or failed_to_subsample, as video2dataset calls them
@@ -76,10 +77,13 @@ def sample_key(shard_id: int, index: int, samples_per_shard: int) -> str:
     return f"{shard_id * 10**digits + index:0{digits + 5}d}"
 
 
-def write_shard(folder: str, shard: int | str, samples: Iterable[ShardSample]) -> ShardStats:
+def write_shard(folder: str, shard: int | str, samples: Iterable[ShardSample], *, tell: bool = False) -> ShardStats:
     """Write one shard, a number or a name without ``.tar``, into ``folder`` (any fsspec URL; made if missing).
 
     ``samples`` is consumed as a stream; only metadata is held in memory. If it raises, no file of the shard is left.
+
+    Args:
+        tell: whether what is in the shard is told to `build_index`, for sets too large to be read again.
     """
     start = time.time()
     rows: list[dict[str, Any]] = []
@@ -106,6 +110,8 @@ def write_shard(folder: str, shard: int | str, samples: Iterable[ShardSample]) -
         tar.close()
         stream.flush()
         files = {"tar": _digest(path)}
+        if tell:
+            tell_index(folder, path)
     with atomic_file(f"{name}.parquet") as path:
         pq.write_table(_table(rows), path, row_group_size=100)
         files["parquet"] = _digest(path)

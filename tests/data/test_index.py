@@ -400,6 +400,29 @@ def test_a_store_that_fails_now_and_then_loses_nothing_and_one_that_is_down_asks
     assert read_sample(index[17])["mp4"] == samples[17].members["mp4"]
 
 
+def test_shards_whose_writer_told_what_is_in_them_are_not_read_again(
+    samples: list[ShardSample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, read = str(tmp_path / "told"), str(tmp_path / "read")
+    for number in range(5):
+        for folder in (told, read):
+            write_shard(folder, number, samples[4 * number : 4 * number + 4], tell=folder == told)
+    build_index(read)
+    shutil.copy(tmp_path / "read" / "00003.tar", tmp_path / "told" / "00007.tar")  # of which nobody told
+    names = scanned(monkeypatch)
+    assert build_index(told).samples == 24
+    assert names == ["00007.tar"]
+    index, same = open_index([told]), open_index([read])
+    for row in range(20):
+        assert (index[row].key, index[row].members, index[row].meta) == (
+            same[row].key,
+            same[row].members,
+            same[row].meta,
+        )
+        assert index[row].shard.rsplit("/", 1)[-1] == same[row].shard.rsplit("/", 1)[-1]
+    assert [index[row].key for row in range(20, 24)] == [same[row].key for row in range(12, 16)]
+
+
 def test_a_store_that_takes_no_index_says_so(samples: list[ShardSample], tmp_path: Path) -> None:
     write_shard(str(tmp_path), 0, samples[:2])
     with web_server(tmp_path) as server, pytest.raises(UserError, match=r"cannot write http://.*\.arrow: "):

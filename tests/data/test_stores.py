@@ -115,7 +115,7 @@ def test_a_store_that_is_busy_is_asked_again_and_does_not_pass_for_an_empty_one(
         shift=0.0,
         clip=clip,
         dtype="fp32",
-        shape=(4, 2, 4, 4),
+        shapes=((4, 2, 4, 4),),
         samples=1,
         lvdm_version="0",
     )
