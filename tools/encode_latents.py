@@ -48,12 +48,20 @@ def main() -> None:
         config = load_training_config(arguments.config, arguments.overrides)
         if not isinstance(config, LatentDiffusionTraining) or config.data.video is None:
             raise UserError(f"{arguments.config} must be a latent_diffusion config with data.video")
-        encode_all(config, arguments)
+        try:
+            encode_all(config, arguments)
+        except Stopped as signalled:
+            raise Requeue(f"{signalled}: the shards under way are given back") from None
+
+
+class Stopped(KeyboardInterrupt):
+    """SLURM takes the node away. No `Exception`, which would pass for a fault of what is under way."""
 
 
 def stop(number: int, frame: object) -> None:
-    """End in good order when SLURM takes the node away. Raises `Requeue`."""
-    raise Requeue(f"{signal.Signals(number).name}: the shards under way are given back")
+    """End in good order on a signal; a second one finds that under way. Raises `Stopped`."""
+    signal.signal(number, signal.SIG_IGN)
+    raise Stopped(signal.Signals(number).name)
 
 
 def positive(text: str) -> int:
@@ -71,6 +79,7 @@ def encode_all(config: LatentDiffusionTraining, arguments: argparse.Namespace) -
     from lvdm.jobs.progress import progress_line
 
     on_gpu = torch.cuda.is_available()
+    given_up: dict[str, int] = {}
     for source, target in folder_pairs(config, arguments.shards, arguments.out):
         (folder,) = source.folders
         settings = Settings(
@@ -96,15 +105,19 @@ def encode_all(config: LatentDiffusionTraining, arguments: argparse.Namespace) -
         earlier = f", {done.skipped_shards} shards finished earlier" if done.skipped_shards else ""
         print(f"{target}: {done.samples} samples{earlier}, {len(done.failed)} left out as bad")
         for reason, count in done.passed_over.items():
-            print(f"  {count} samples of {folder} passed over: {reason}")
+            if count:
+                print(f"  {count} samples of {folder} passed over: {reason}")
         for item in done.failed[:10]:
             print(f"  {item.shard} {item.key}: {item.reason}")
         for shard, reason in done.given_up.items():
             print(f"  {shard}: {reason}")
         if done.given_up:
-            raise UserError(
-                f"{len(done.given_up)} shards could not be encoded; mend them, remove {target}/.failed and start again"
-            )
+            given_up[f"{target}/.failed"] = len(done.given_up)
+    if given_up:
+        raise UserError(
+            f"{sum(given_up.values())} shards could not be encoded; mend them, remove {' and '.join(given_up)} and "
+            f"start again"
+        )
 
 
 def folder_pairs(config: LatentDiffusionTraining, source: str | None, target: str | None) -> list[tuple[ShardSet, str]]:

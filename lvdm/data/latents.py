@@ -1,6 +1,6 @@
 """The shard format of pre-encoded clips: everything a later run must know travels with the bytes.
 
-A sample ``{key}`` has the members, in this order,
+A sample ``{key}`` has the members
 
 * ``{key}.json`` and ``{key}.txt``: metadata with what was encoded and how (``encoded``), and the first caption
 * ``{key}.P-I.text.safetensors``: ``states`` ``[L, D]`` of caption I of place P, at its true length L

@@ -41,7 +41,7 @@ from lvdm.data.latents import (
 from lvdm.errors import UserError
 from lvdm.inference import read_scaling
 from lvdm.jobs.encoders import Encoders, Part, load_encoders
-from lvdm.jobs.encoding_source import EncodingSource, open_encoding_source
+from lvdm.jobs.encoding_source import open_encoding_source
 from lvdm.jobs.encoding_worker import Worker
 from lvdm.jobs.latent_stats import ChannelSums
 from lvdm.jobs.leases import Leases, create
@@ -134,7 +134,8 @@ def encode_folder(
     with Leases(target, lease_seconds) as leases:
         worker = Worker(config.data, shards, target, info, encoders, board, leases, progress)
         worker.run()
-        _summarise(done, board, shards, source)
+        _summarise(done, board, source)
+        progress(done.samples + len(done.failed), shards.samples)
         if not done.samples:
             reasons = [*done.given_up.values(), *(item.reason for item in done.failed)]
             raise UserError(
@@ -202,7 +203,8 @@ def _claim(target: str, source: str, info: LatentSetInfo, encoders: Encoders, se
         if create(url, document.encode()):
             return info
         begun = _read_settings(url)
-        assert begun is not None
+        if begun is None:
+            raise UserError(f"{url} appears and disappears; start again when nobody removes {target}")
         if settings.frames_at_once is None:
             info = info.model_copy(update={"frames_at_once": begun[1].frames_at_once})
     difference = f"source: {begun[0]}, not {source}" if begun[0] != source else settings_difference(begun[1], info)
@@ -222,12 +224,12 @@ def _read_settings(url: str) -> tuple[str, LatentSetInfo] | None:
         raise UserError(f"{url} is damaged or of another lvdm; choose another folder") from None
 
 
-def _summarise(done: Encoded, board: Board, shards: EncodingSource, source: str) -> None:
+def _summarise(done: Encoded, board: Board, source: str) -> None:
     """What all workers did, from the manifests."""
     for name, manifest in sorted(board.finished.items()):
         done.samples += manifest.samples
         done.failed += [Replacement(-1, f"{source}/{name}.tar", key, why) for key, why in manifest.left_out]
-    done.given_up = {f"{source}/{name}.tar": board.reason(name) for name in sorted(board.given_up)}
+    done.given_up = {f"{source}/{name}.tar": reason for name, reason in board.reasons().items()}
 
 
 def _finish(
@@ -240,9 +242,9 @@ def _finish(
     samples: int,
 ) -> None:
     """Index and describe a folder whose shards are finished, unless another worker has; remove what is of no use."""
-    _tidy(target, set(board.finished))
+    shards = _tidy(target, set(board.finished), leases.seconds)
     board.summarise()
-    if not _is_described(target, samples):
+    if not _is_described(target, samples, shards):
         build_index(target)
         scale, shift = _scaling(config, target, board)
         whole = info.model_copy(update={"scale": scale, "shift": shift, "samples": samples})
@@ -251,13 +253,12 @@ def _finish(
     leases.sweep()
 
 
-def _is_described(target: str, samples: int) -> bool:
-    """Whether the folder's index and description are those of the shards that are there, so many samples."""
+def _is_described(target: str, samples: int, shards: int) -> bool:
+    """Whether the folder's index and description are those of what is there, so many samples and shards."""
     locate(target)[0].invalidate_cache()
     with contextlib.suppress(UserError):
         index = open_index([target])
-        tars = sum(name.endswith(".tar") for name in list_files(target))
-        return read_latent_set(target).samples == len(index) == samples and len(index.shards) == tars
+        return read_latent_set(target).samples == len(index) == samples and len(index.shards) == shards
     return False
 
 
@@ -275,14 +276,20 @@ def _scaling(config: LatentDiffusionTraining, target: str, board: Board) -> tupl
     return sums.scaling() if sums.values else (1.0, 0.0)
 
 
-def _tidy(target: str, finished: set[str]) -> None:
-    """Remove shards that are not of this job any more, or were begun and given up, and what killed workers left."""
+def _tidy(target: str, finished: set[str], age: float) -> int:
+    """Remove shards that are not of this job any more, or were begun and given up, and what killed workers left: files
+    that nobody has written to for ``age`` seconds. How many shards there are then."""
     fs, root = locate(target)
-    for ending in _ENDINGS:
-        for name in list_files(target):
-            if name.endswith(ending) and name.removesuffix(ending) not in finished:
+    files = list_files(target)
+    begun = {name.removesuffix(ending) for ending in (MANIFEST, ".tar") for name in files if name.endswith(ending)}
+    for shard in sorted(begun - finished):
+        for name in (f"{shard}{ending}" for ending in _ENDINGS):
+            if name in files:
                 log.info("removing %s/%s", target, name)
                 fs.rm_file(f"{root}/{name}")
     if isinstance(fs, LocalFileSystem):
-        for path in Path(root).glob(".writing-*"):  # all shards are finished: nobody needs it
-            shutil.rmtree(path, ignore_errors=True)
+        for path in Path(root).glob(".writing-*"):
+            with contextlib.suppress(FileNotFoundError):
+                if max(part.stat().st_mtime for part in (path, *path.iterdir())) <= time.time() - age:
+                    shutil.rmtree(path, ignore_errors=True)
+    return sum(f"{shard}.tar" in files for shard in finished)

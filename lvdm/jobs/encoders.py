@@ -59,11 +59,14 @@ class Encoders:
         few = self.vae.limit_calls(1, size.frames)
         frames = torch.zeros(1, 3, few, size.height, size.width, device=self.device)
         vae, free = self.vae, free_bytes(self.device)
-        needed = peak_bytes(lambda: vae.encode(frames)) / _SHARE_OF_MEMORY
+        try:
+            needed = peak_bytes(lambda: vae.encode(frames)) / _SHARE_OF_MEMORY
+        except torch.OutOfMemoryError:
+            needed = math.inf
         if needed > free:
             raise UserError(
-                f"encoding {few} frames of {size.height}x{size.width} takes about {needed / 1e9:.1f} GB, of which "
-                f"{free / 1e9:.1f} are free; set a smaller data.video.clip"
+                f"encoding {few} frames of {size.height}x{size.width} takes more memory than the {free / 1e9:.1f} GB "
+                f"that are free; set a smaller data.video.clip"
             )
         most = _MOST_FRAMES if self.device.type == "cuda" else _MOST_FRAMES_ON_CPU
         times = max(1, min(int(free // needed), most // few))

@@ -48,6 +48,7 @@ class EncodingSource:
         (part,) = self.source.index.parts
         joined = [{file.name: file for file in side.parts[0].shards} for side in self.source.joined]
         files = {file.name: file for file in part.shards}
+        offsets = _Offsets(part)
         found = {}
         for shard, rows in self.rows.items():
             name = f"{shard}.tar"
@@ -55,7 +56,7 @@ class EncodingSource:
             digest = hashlib.sha256(json.dumps(about).encode())
             for chosen in rows:
                 digest.update(b"|")
-                digest.update(_offsets(part, chosen).tobytes())
+                digest.update(offsets.of(chosen).tobytes())
             found[shard] = digest.hexdigest()[:32]
         return found
 
@@ -119,10 +120,20 @@ def _mark(file: ShardFile) -> list[str | int]:
     return [file.name, file.size, file.ends or file.tag]
 
 
-def _offsets(part: Part, rows: Sequence[int]) -> np.ndarray:
-    """The first byte of each row in its shard; the rows are those of one shard."""
-    if not len(rows):
-        return np.zeros(0, np.int64)
-    first, last = rows[0], rows[len(rows) - 1]
-    whole = part.column("offset", first, last + 1).to_numpy()
-    return whole[np.fromiter(rows, np.int64, len(rows)) - first] if len(whole) > len(rows) else whole
+class _Offsets:
+    """The first byte of each row of an index in its shard, as arrays over the mapped file."""
+
+    def __init__(self, part: Part) -> None:
+        self._batches = [batch.column("offset").to_numpy() for batch in part.batches]
+        self._starts = np.array(part.starts, np.int64)
+
+    def of(self, rows: Sequence[int]) -> np.ndarray:
+        """Those of ascending rows that lie close together, such as those of one shard."""
+        if not len(rows):
+            return np.zeros(0, np.int64)
+        first, end = rows[0], rows[len(rows) - 1] + 1
+        low, high = np.searchsorted(self._starts, [first, end - 1], side="right") - 1
+        start = int(self._starts[low])
+        near = self._batches[low] if low == high else np.concatenate(self._batches[low : high + 1])
+        whole: np.ndarray = near[first - start : end - start]
+        return whole[np.fromiter(rows, np.int64, len(rows)) - first] if len(whole) > len(rows) else whole

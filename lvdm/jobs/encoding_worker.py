@@ -65,7 +65,7 @@ class Worker:
         """Shards that are being encoded or written."""
         self._encoded: Counter[str] = Counter()
         """Samples of those that are encoded."""
-        self._told = 0.0
+        self._next_report = 0.0
 
     def run(self) -> None:
         """Work until nothing is left.
@@ -86,12 +86,13 @@ class Worker:
                 raise
 
     def report(self) -> None:
-        """Tell, at most once a second, what all workers have done."""
-        now = time.monotonic()
-        if now - self._told > 1:
+        """Tell, at most once a second and a small part of the time, what all workers have done."""
+        started = time.monotonic()
+        if started > self._next_report:
             finished = sum(self._shards.count(name) for name in list(self._board.finished))
             self._progress(min(finished + self._encoded.total(), self._shards.samples), self._shards.samples)
-            self._told = now
+            now = time.monotonic()
+            self._next_report = now + max(1.0, 50 * (now - started))
 
     def _encode_all(self, pool: ThreadPoolExecutor, queue: ShardQueue) -> None:
         batches = read_plan(self._data, self._dataset, queue)
@@ -180,7 +181,7 @@ class Worker:
         """Write a shard and finish it."""
         left_out: list[list[str]] = []
         sums: list[ChannelSums] = []
-        stats = write_shard(self._target, name, (self._packed(sample, left_out, sums) for sample in samples))
+        stats = write_shard(self._target, name, (self._packed(sample, left_out, sums) for sample in samples), tell=True)
         total = None
         for one in sums:
             total = one if total is None else total.merge(one)

@@ -15,12 +15,12 @@ atomic step with the manifest last. Both write the same files, in whatever order
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import secrets
 import socket
-import tempfile
 import threading
 import time
 from types import TracebackType
@@ -104,8 +104,9 @@ class Leases:
         """Give a lease back; nothing happens if another process has it by now."""
         with self._lock:
             mine = self._held.pop(name, None)
-            if mine is not None and self._read(name) == mine:
-                remove(self._url(name))
+            with contextlib.suppress(UserError, Requeue):  # one that cannot be read expires
+                if mine is not None and self._read(name) == mine:
+                    remove(self._url(name))
 
     def _stays(self, name: str, mine: bytes) -> bool:
         time.sleep(min(_SETTLE, self.seconds / 10))
@@ -163,22 +164,23 @@ def remove(url: str) -> None:
 
 def _link_new(url: str, path: str, content: bytes) -> bool:
     folder = os.path.dirname(path)
+    scratch = f"{folder}/.new-{secrets.token_hex(8)}"
     try:
         os.makedirs(folder, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(prefix=".new-", dir=folder)
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(scratch, "xb") as file:
                 file.write(content)
             os.link(scratch, path)  # fails if it exists, on NFS too
         finally:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 os.unlink(scratch)
-    except FileExistsError:
-        return False
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise UserError(f"cannot write {url}: {error.strerror or error}") from None
+        if os.path.isfile(path):
+            return False
+        reason = os.strerror(errno.ENOTDIR) if os.path.isfile(folder) else error.strerror or error
+        raise UserError(f"cannot write {url}: {reason}") from None
     return True
 
 

@@ -8,6 +8,8 @@ hundred thousand finished shards reads one file; what it lacks is read from the 
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -35,6 +37,7 @@ ATTEMPTS = 3
 _THREADS = 16
 _BLOCK = 32 << 20  # bytes hashed at once
 _WORTH_A_SUMMARY = 1000  # manifests
+_SIZED = (".tar", ".parquet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,8 @@ class Board:
         """Failed attempts by shard."""
         self._lock = threading.Lock()
         self._next = 0.0
-        self._summarised = 0
+        self._summarised: dict[str, Manifest] = {}
+        """What `SUMMARY` holds, as far as this process knows."""
 
     @property
     def open(self) -> list[str]:
@@ -91,7 +95,7 @@ class Board:
         started = time.monotonic()
         if at_most_every and started < self._next:
             return
-        sizes = list_files(self.folder)
+        sizes = list_files(self.folder, sizes_of=_SIZED)
         known = self.finished or self._summary()
         found = {name: manifest for name, manifest in known.items() if self._holds(name, manifest, sizes)}
         new = [name for name in self.sources if name not in found and f"{name}{MANIFEST}" in sizes]
@@ -102,7 +106,8 @@ class Board:
         failures = Counter(file.rpartition("-")[0] for file in list_files(f"{self.folder}/{FAILED}"))
         with self._lock:
             self.finished, self.failures = found, failures
-        if len(found) - self._summarised >= _WORTH_A_SUMMARY:
+        # by a share of what there is, so that all summaries together take a few times what the last one does
+        if len(found) - len(self._summarised) >= max(_WORTH_A_SUMMARY, len(self._summarised) // 4):
             self.summarise()
         now = time.monotonic()
         self._next = now + max(at_most_every, 20 * (now - started))
@@ -135,30 +140,41 @@ class Board:
         with self._lock:
             self.failures[name] += 1
 
-    def reason(self, name: str) -> str:
-        """Why a shard failed, one of the times."""
+    def reasons(self) -> dict[str, str]:
+        """Why each shard that was given up failed, one of the times."""
         folder = f"{self.folder}/{FAILED}"
-        file = next(file for file in sorted(list_files(folder)) if file.rpartition("-")[0] == name)
-        return str(json.loads(read_file(f"{folder}/{file}"))["reason"])
+        files = {file.rpartition("-")[0]: file for file in sorted(list_files(folder))}
+        found = {}
+        for name in sorted(self.given_up):
+            try:
+                found[name] = str(json.loads(read_file(f"{folder}/{files[name]}"))["reason"])
+            except (Missing, ValueError, KeyError, TypeError):
+                found[name] = f"what {folder} says of it cannot be read"
+        return found
 
     def summarise(self) -> None:
-        """Write `SUMMARY`, unless it holds as many manifests as this process knows."""
+        """Write `SUMMARY`, unless it holds the manifests that this process knows."""
         with self._lock:
             found = dict(self.finished)
-        if len(found) < _WORTH_A_SUMMARY or len(found) == self._summarised:
+        there = self._summarised
+        same = len(found) == len(there) and all(there.get(name) is manifest for name, manifest in found.items())
+        if len(found) < _WORTH_A_SUMMARY or same:
             return
         _write(f"{self.folder}/{SUMMARY}", {name: asdict(manifest) for name, manifest in found.items()})
-        self._summarised = len(found)
+        self._summarised = found
 
     def _summary(self) -> dict[str, Manifest]:
         if self.hashes:
             return {}
+        gc.disable()  # it would go over the many new objects again and again, and find nothing
         try:
             trees = json.loads(read_file(f"{self.folder}/{SUMMARY}"))
             found = {name: _manifest(tree) for name, tree in trees.items()}
         except (Missing, ValueError, KeyError, TypeError, AttributeError):
             return {}
-        self._summarised = len(found)
+        finally:
+            gc.enable()
+        self._summarised = found
         return found
 
     def _holds(self, name: str, manifest: Manifest, sizes: Mapping[str, int]) -> bool:
@@ -183,27 +199,33 @@ class Board:
         return manifest
 
 
-def list_files(folder: str) -> dict[str, int]:
-    """Sizes of the files in a folder by name; none if there is no folder. Raises `UserError` and `Requeue`."""
+def list_files(folder: str, sizes_of: tuple[str, ...] = ()) -> dict[str, int]:
+    """The files in a folder by name, with the sizes of those whose names end in ``sizes_of``, as asking for each takes
+    its time; none if there is no folder. Raises `UserError` and `Requeue`."""
     fs, root = locate(folder)
     if isinstance(fs, LocalFileSystem):
+        found = {}
         try:
             with os.scandir(root) as entries:
-                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+                for entry in entries:
+                    with contextlib.suppress(FileNotFoundError):  # others tidy up meanwhile
+                        if entry.is_file():
+                            found[entry.name] = entry.stat().st_size if entry.name.endswith(sizes_of) else 0
+            return found
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except OSError as error:
             raise UserError(f"cannot read {folder}: {error.strerror}") from None
     fs.invalidate_cache()
     try:
-        found = persistently(folder, lambda fs, root: list(fs.ls(root, detail=True)), patient=True)
+        listed = persistently(folder, lambda fs, root: list(fs.ls(root, detail=True)), patient=True)
     except Missing:
         return {}
-    return {str(entry["name"]).rstrip("/").rsplit("/", 1)[-1]: int(entry.get("size") or 0) for entry in found}
+    return {str(entry["name"]).rstrip("/").rsplit("/", 1)[-1]: int(entry.get("size") or 0) for entry in listed}
 
 
 def _manifest(tree: dict[str, Any]) -> Manifest:
-    files = {part: FileDigest(**file) for part, file in tree.pop("files").items()}
+    files = {part: FileDigest(file["size"], file["sha256"]) for part, file in tree.pop("files").items()}
     return Manifest(files=files, **tree)
 
 

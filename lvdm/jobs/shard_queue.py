@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lvdm.errors import Requeue, UserError
 from lvdm.jobs.leases import Leases
 from lvdm.jobs.shard_board import Board
 
@@ -50,7 +49,9 @@ class ShardQueue(Sequence[Sequence[Any]]):
         self._mine: set[str] = set()
         self._tried: set[str] = set()
         self._all_done = self._stop = False
-        self.error: UserError | Requeue | None = None
+        self._through = threading.Event()
+        """Set when this worker is through with a shard, so that nothing may be left."""
+        self.error: Exception | None = None
         """What claiming met, which ends the plan."""
         self._thread = threading.Thread(target=self._claim_all, daemon=True)
 
@@ -60,6 +61,7 @@ class ShardQueue(Sequence[Sequence[Any]]):
 
     def __exit__(self, *_: object) -> None:
         self._stop = True
+        self._through.set()
         self._thread.join()
 
     def __len__(self) -> int:
@@ -95,6 +97,7 @@ class ShardQueue(Sequence[Sequence[Any]]):
         """This worker is through with a shard, for good or ill."""
         self._leases.release(shard)
         self._mine.discard(shard)
+        self._through.set()
 
     def _grow(self) -> None:
         if self.error is not None:
@@ -113,6 +116,7 @@ class ShardQueue(Sequence[Sequence[Any]]):
     def _claim_all(self) -> None:
         try:
             while not self._stop:
+                self._through.clear()
                 self._board.look(LOOK_EVERY)
                 left = self._board.open
                 if not left:
@@ -120,7 +124,7 @@ class ShardQueue(Sequence[Sequence[Any]]):
                     return
                 shard = self._claim_one(left)
                 if shard is None:
-                    self._wait(min(self._leases.seconds / 10, LOOK_EVERY))
+                    self._through.wait(min(self._leases.seconds / 10, LOOK_EVERY))
                     continue
                 self._mine.add(shard)
                 while not self._stop:
@@ -129,7 +133,7 @@ class ShardQueue(Sequence[Sequence[Any]]):
                         break
                     except queue.Full:
                         continue
-        except (UserError, Requeue) as error:
+        except Exception as error:  # of whatever kind: else the plan would wait for this thread for ever
             self.error = error
 
     def _claim_one(self, left: Sequence[str]) -> str | None:
@@ -147,8 +151,3 @@ class ShardQueue(Sequence[Sequence[Any]]):
             self._tried.add(shard)
             return shard
         return None
-
-    def _wait(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while not self._stop and time.monotonic() < end:
-            time.sleep(0.05)

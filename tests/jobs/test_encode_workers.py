@@ -66,7 +66,7 @@ def work(tree: dict[str, Any], source: str, target: str, s3: dict[str, Any], pau
     shard_queue.LOOK_EVERY = 0.2
     writing = encoding_worker.write_shard
     # a worker has each shard long enough for kills to find it there
-    encoding_worker.write_shard = lambda *given: (time.sleep(pause), writing(*given))[1]  # type: ignore[attr-defined]
+    encoding_worker.write_shard = lambda *given, **how: (time.sleep(pause), writing(*given, **how))[1]  # type: ignore[attr-defined]
     config = parse_training_config(tree, source="test")
     assert isinstance(config, LatentDiffusionTraining)
     cpu = torch.device("cpu")
