@@ -94,8 +94,8 @@ class LatentSetInfo(Section):
     compute: Literal["fp32", "bf16"] = "fp32"
     """Type that the encoders computed in."""
     frames_at_once: PositiveInt = 16
-    """Frames in one call of the autoencoder (whole clips of them, for one that sees a clip as a whole), captions in one
-    of the text encoder; it decides the last bits."""
+    """Frames in one call of the autoencoder (whole clips of them, for one that sees a clip as a whole), which decides
+    the last bits."""
     shapes: tuple[tuple[int, int, int, int], ...]
     """C, T, H, W of the latents of each of ``clip.sizes``; empty in a folder of text states alone."""
     samples: int

@@ -20,8 +20,10 @@ from lvdm.models.frozen import FrozenTextEncoder, FrozenVAE, load_text_encoder
 from lvdm.models.memory import free_bytes, peak_bytes
 
 Part = Literal["latents", "text"]
-_CAPTIONS_AT_ONCE = 64
-_MOST_FRAMES, _MOST_FRAMES_ON_CPU = 128, 16  # in one call: more are not faster
+CAPTIONS_AT_ONCE = 64
+"""In one call of the text encoder."""
+_FEWEST_FRAMES, _MOST_FRAMES = 16, 128  # in one call: more are not faster
+_PIXELS_ON_CPU = 1 << 20  # as many as keep all cores at it
 _SHARE_OF_MEMORY = 0.5  # kernels have workspaces, and memory is fragmented
 
 
@@ -54,7 +56,7 @@ class Encoders:
             UserError: not even those fit.
         """
         if self.vae is None:
-            return _CAPTIONS_AT_ONCE
+            return 1
         size = max(sizes, key=lambda one: one.height * one.width * one.frames)
         few = self.vae.limit_calls(1, size.frames)
         frames = torch.zeros(1, 3, few, size.height, size.width, device=self.device)
@@ -68,7 +70,8 @@ class Encoders:
                 f"encoding {few} frames of {size.height}x{size.width} takes more memory than the {free / 1e9:.1f} GB "
                 f"that are free; set a smaller data.video.clip"
             )
-        most = _MOST_FRAMES if self.device.type == "cuda" else _MOST_FRAMES_ON_CPU
+        worthwhile = _MOST_FRAMES if self.device.type == "cuda" else _PIXELS_ON_CPU // (size.height * size.width)
+        most = min(max(worthwhile, _FEWEST_FRAMES), _MOST_FRAMES)
         times = max(1, min(int(free // needed), most // few))
         return few * 2 ** int(math.log2(times))
 

@@ -21,7 +21,7 @@ from lvdm.data.one_pass import OnePassDataset, SourceSample
 from lvdm.data.workers import read_plan
 from lvdm.data.writer import ShardSample, write_shard
 from lvdm.errors import Requeue, UserError
-from lvdm.jobs.encoders import Coming, Encoders
+from lvdm.jobs.encoders import CAPTIONS_AT_ONCE, Coming, Encoders
 from lvdm.jobs.encoding_source import EncodingSource
 from lvdm.jobs.latent_stats import ChannelSums
 from lvdm.jobs.leases import Leases
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 LATENT_FIELDS = ("clips", "clip_frames", "clip_height", "clip_width", "encoded")
 """Fields of a sample's ``.json`` that encoding adds."""
+_CLIPS_OF_BATCH, _BYTES_OF_BATCH = 16, 64 << 20  # that a loader process hands over at once
 _SHARDS_AT_ONCE = 2  # that are written while the next is encoded
 
 
@@ -59,8 +60,7 @@ class Worker:
         self._dataset = OnePassDataset(
             shards.source, data.video, Fetcher(), seed=info.seed, clips=info.clips, frames=with_frames
         )
-        longest = max(size.frames for size in info.clip.sizes) if with_frames else 1
-        self._clips_at_once = max(1, info.frames_at_once // longest)
+        self._clips_at_once = max(1, info.frames_at_once // max(size.frames for size in info.clip.sizes))
         self._outputs: dict[str, ShardOutput] = {}
         """Shards that are being encoded or written."""
         self._encoded: Counter[str] = Counter()
@@ -74,7 +74,7 @@ class Worker:
             UserError: the target cannot be written.
             Requeue: its store does not answer.
         """
-        items = max(1, self._clips_at_once // self._info.clips)
+        items = self._samples_at_once()
         with (
             ThreadPoolExecutor(_SHARDS_AT_ONCE) as pool,
             ShardQueue(self._board, self._leases, lambda shard: self._shards.batches(shard, items)) as queue,
@@ -84,6 +84,14 @@ class Worker:
             except BaseException as error:  # or the threads would wait for more
                 self._stop(error)
                 raise
+
+    def _samples_at_once(self) -> int:
+        """Samples of a micro-batch: enough for whole calls of the encoders, but for what would take much memory."""
+        if self._info.vae is None:
+            return CAPTIONS_AT_ONCE
+        largest = max(3 * size.frames * size.height * size.width for size in self._info.clip.sizes)
+        calls = max(1, min(_CLIPS_OF_BATCH, _BYTES_OF_BATCH // largest) // self._clips_at_once)
+        return max(1, calls * self._clips_at_once // self._info.clips)
 
     def report(self) -> None:
         """Tell, at most once a second and a small part of the time, what all workers have done."""
@@ -174,8 +182,8 @@ class Worker:
     def _encode_captions(self, captions: Sequence[str]) -> Iterator[Coming]:
         if self._info.text is None:
             return
-        for first in range(0, len(captions), self._clips_at_once):
-            yield from self._encoders.states(captions[first : first + self._clips_at_once])
+        for first in range(0, len(captions), CAPTIONS_AT_ONCE):
+            yield from self._encoders.states(captions[first : first + CAPTIONS_AT_ONCE])
 
     def _write(self, name: str, samples: Iterator[EncodedSample]) -> None:
         """Write a shard and finish it."""

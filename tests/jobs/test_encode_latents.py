@@ -378,7 +378,7 @@ def test_only_what_changed_is_encoded_again(toy: Toy, models: Encoders, tmp_path
         ({"data__video__clip": {"frames": 4, "height": 16, "width": 16, "stride": 2}}, {}, "clip.start: "),
         ({}, {"stored": "bf16"}, "dtype: fp32, not bf16"),
         ({}, {"clips": 2}, "clips: 1, not 2"),
-        ({}, {"frames_at_once": 4}, "frames_at_once: 16, not 4"),
+        ({}, {"frames_at_once": 4}, "frames_at_once: 128, not 4"),
         ({}, {"only": "latents"}, "text: given, not none"),
         ({"data__video__captions": {"txt": 1.0, "b": 1.0}}, {}, "captions: txt, else caption, not txt, b"),
         ({"source": "held_out"}, {}, "source: "),

@@ -431,8 +431,8 @@ def busy_lines(busy: Sequence[tuple[Run, Busy]]) -> list[str]:
         "",
         *table(head, shares),
         "",
-        "Where the time goes; what the main thread waits for decoded clips; milliseconds of a core that the main process,",
-        "with its threads, takes for a clip; its memory at a third of the clips, at the last one, and the most:",
+        "Where the time goes; what the main thread waits for decoded clips; milliseconds of a core that the main",
+        "process, with its threads, takes for a clip; its memory at a third of the clips, at the last, the most:",
         "",
         *table([*parts, "core ms a clip", "MB"], times),
     ]
