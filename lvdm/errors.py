@@ -42,19 +42,24 @@ def rank_from_environment() -> int:
 
 
 @contextlib.contextmanager
-def command_line(name: str) -> Iterator[None]:
-    """Run a main: a `UserError` becomes one line on stderr (from rank 0 alone) and exit code 2."""
+def command_line(name: str, *, ranks: bool = True) -> Iterator[None]:
+    """Run a main: a `UserError` becomes one line on stderr and exit code 2.
+
+    Args:
+        ranks: processes started together are ranks of one run, which speaks through rank 0 alone.
+    """
+    speaks = not ranks or rank_from_environment() == 0
     try:
         yield
     except UserError as error:
-        _exit(f"{name}: error: {error}", EXIT_BAD_INPUT)
+        _exit(f"{name}: error: {error}", EXIT_BAD_INPUT, speaks)
     except Requeue as stop:
-        _exit(f"{name}: stopped: {stop}", EXIT_REQUEUE)
+        _exit(f"{name}: stopped: {stop}", EXIT_REQUEUE, speaks)
     except KeyboardInterrupt:
-        _exit(f"{name}: interrupted", 130)
+        _exit(f"{name}: interrupted", 130, speaks)
 
 
-def _exit(message: str, code: int) -> None:
-    if rank_from_environment() == 0:
+def _exit(message: str, code: int, speaks: bool) -> None:
+    if speaks:
         print(message, file=sys.stderr, flush=True)
     sys.exit(code)

@@ -174,7 +174,7 @@ def atomic_file(url: str) -> Iterator[str]:
             if os.path.isdir(target):
                 raise IsADirectoryError(errno.EISDIR, "it is a folder")
         # beside the target, so that the rename stays on one file system; dot files are no shards
-        scratch = tempfile.mkdtemp(prefix=".writing-", dir=folder if local else None)
+        scratch = tempfile.mkdtemp(prefix=".writing-", dir=folder if local else _scratch_folder())
     except OSError as error:
         raise UserError(f"cannot write {url}: {error.strerror}") from None
     try:
@@ -194,6 +194,13 @@ def atomic_file(url: str) -> Iterator[str]:
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _scratch_folder() -> Path:
+    """Where files on their way to a store are written, without what killed processes left there long ago."""
+    folder = cache_folder("writing")
+    forget_unused(folder, days=1)
+    return folder
 
 
 @contextlib.contextmanager
@@ -271,9 +278,9 @@ def note_use(path: Path) -> None:
         os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
 
-def forget_unused(folder: Path) -> None:
-    """Remove what is in a cache folder and was not used for `UNUSED_DAYS`."""
-    oldest = time.time() - 86400 * UNUSED_DAYS
+def forget_unused(folder: Path, days: float = UNUSED_DAYS) -> None:
+    """Remove what is in a cache folder and was not used for so many days."""
+    oldest = time.time() - 86400 * days
     with contextlib.suppress(OSError):
         for path in list(folder.iterdir()):
             with contextlib.suppress(OSError):

@@ -12,7 +12,8 @@ starts the same command. As a SLURM array of 16 workers with a GPU each:
 
 New captions or another text encoder for latents that are there, to be read with them by `join`:
 
-    python tools/encode_latents.py --config configs/t2v_256.yaml --only text --shards data/a/shards --out data/a/text
+    python tools/encode_latents.py --config configs/t2v_256.yaml --only text \\
+        --shards data/a/shards --join data/a/captions --out data/a/text
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from __future__ import annotations
 import argparse
 import signal
 
-from lvdm.config import LatentDiffusionTraining, ShardSet, load_training_config, shard_folders, shard_sets
+from lvdm.config import (
+    LatentDiffusionTraining,
+    ShardSet,
+    load_training_config,
+    parse_config,
+    shard_folders,
+    shard_sets,
+)
 from lvdm.errors import Requeue, UserError, command_line
 
 
@@ -30,6 +38,12 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="training config that names clip, vae and text encoder")
     parser.add_argument("--shards", help="folder of video shards, or of captions for --only text")
     parser.add_argument("--out", help="folder for the latent shards")
+    parser.add_argument(
+        "--join", action="append", default=[], metavar="FOLDER", help="with --shards: sidecar to read too"
+    )
+    parser.add_argument(
+        "--where", action="append", default=[], metavar="CONDITION", help="with --shards: encode such samples alone"
+    )
     parser.add_argument("--clips", type=positive, default=1, help="most clips of a video (1)")
     parser.add_argument("--stored", choices=["fp32", "bf16"], default="fp32", help="type on disk (fp32)")
     parser.add_argument("--only", choices=["latents", "text"], help="what is encoded, if not both")
@@ -37,12 +51,12 @@ def main() -> None:
         "--frames-at-once", type=positive, help="frames in one call of the VAE (as many as fit in memory, up to 128)"
     )
     parser.add_argument(
-        "--lease-seconds", type=float, default=120.0, help="a worker silent for so long has its shard taken over (120)"
+        "--lease-seconds", type=positive, default=120, help="a worker silent for so long has its shard taken over (120)"
     )
     parser.add_argument("--verify", action="store_true", help="hold finished shards against their checksums")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the config")
     arguments = parser.parse_intermixed_args()
-    with command_line("encode_latents"):
+    with command_line("encode_latents", ranks=False):
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, stop)
         config = load_training_config(arguments.config, arguments.overrides)
@@ -76,11 +90,15 @@ def encode_all(config: LatentDiffusionTraining, arguments: argparse.Namespace) -
     import torch
 
     from lvdm.jobs.encode_latents import Settings, encode_folder
+    from lvdm.jobs.encoders import load_encoders
     from lvdm.jobs.progress import progress_line
 
     on_gpu = torch.cuda.is_available()
+    device, dtype = torch.device("cuda" if on_gpu else "cpu"), torch.bfloat16 if on_gpu else torch.float32
     given_up: dict[str, int] = {}
-    for source, target in folder_pairs(config, arguments.shards, arguments.out):
+    pairs = folder_pairs(config, arguments)
+    encoders = load_encoders(config, device, dtype, arguments.only)
+    for source, target in pairs:
         (folder,) = source.folders
         settings = Settings(
             stored=arguments.stored,
@@ -95,9 +113,10 @@ def encode_all(config: LatentDiffusionTraining, arguments: argparse.Namespace) -
                 config,
                 folder,
                 target,
-                device=torch.device("cuda" if on_gpu else "cpu"),
-                dtype=torch.bfloat16 if on_gpu else torch.float32,
+                device=device,
+                dtype=dtype,
                 settings=settings,
+                encoders=encoders,
                 lease_seconds=arguments.lease_seconds,
                 verify=arguments.verify,
                 progress=progress,
@@ -107,6 +126,8 @@ def encode_all(config: LatentDiffusionTraining, arguments: argparse.Namespace) -
         for reason, count in done.passed_over.items():
             if count:
                 print(f"  {count} samples of {folder} passed over: {reason}")
+        if done.removed:
+            print(f"  {len(done.removed)} shards removed whose source is gone or could not be read any more")
         for item in done.failed[:10]:
             print(f"  {item.shard} {item.key}: {item.reason}")
         for shard, reason in done.given_up.items():
@@ -120,12 +141,13 @@ def encode_all(config: LatentDiffusionTraining, arguments: argparse.Namespace) -
         )
 
 
-def folder_pairs(config: LatentDiffusionTraining, source: str | None, target: str | None) -> list[tuple[ShardSet, str]]:
+def folder_pairs(config: LatentDiffusionTraining, arguments: argparse.Namespace) -> list[tuple[ShardSet, str]]:
     """Sources of one folder each, and their target folders. Raises `UserError` where they do not pair up."""
-    if bool(source) != bool(target):
-        raise UserError("give both --shards and --out, or neither")
-    if source and target:
-        return [(ShardSet(folders=(source,)), target)]
+    tree = {"folders": [arguments.shards], "where": arguments.where, "join": arguments.join}
+    if bool(arguments.shards) != bool(arguments.out) or (not arguments.shards and (arguments.where or arguments.join)):
+        raise UserError("give --shards and --out, with --where and --join if you like, or none of them")
+    if arguments.shards:
+        return [(parse_config(ShardSet, tree, source="the command line"), arguments.out)]
     assert config.data.video is not None
     videos = [
         one.model_copy(update={"folders": (folder,)})

@@ -55,6 +55,9 @@ _HEADER_BLOCK = 16 << 10
 _SKIPPING_PAYS = 4 << 20  # bytes that are streamed in the time that one more request takes
 _MOST_COLUMNS = 64
 _LONGEST_TEXT = 64  # characters of a metadata value that is worth a column
+_NEEDED_COLUMNS = {
+    f"{META}{name}" for name in ("frames", "width", "height", "fps", "clip_frames", "clip_height", "clip_width")
+}
 _NO_COLUMN = {"key", "caption", "url", "status", "error_message"}
 _VIDEO_COLUMNS = {
     "nb_frames": "frames",
@@ -292,7 +295,7 @@ class _Rows:
         counts = np.bincount(np.asarray(self.extension), minlength=len(self.extensions)).tolist()
         members = _lists(*map(np.asarray, (self.ends, self.extension, self.member_offset, self.member_size)))
         names = Counter(name for row in self.meta for name in row)
-        kept = sorted(name for name, _ in names.most_common(_MOST_COLUMNS))
+        kept = _kept_columns(names)
         own = (self.shard, self.key, self.offset, self.size)
         arrays = [pa.array(values, kind) for values, kind in zip(own, COLUMNS.values(), strict=False)]
         arrays += [members, *(_column([row.get(name) for row in self.meta]) for name in kept)]
@@ -400,7 +403,7 @@ def _merge(folder: str, groups: Sequence[Sequence[ShardFile]], paths: Sequence[s
     if len(found) > len(extensions):
         rare = sum(count for name, count in found.items() if name not in extensions)
         left_out[f"member whose extension is none of the {_MOST_EXTENSIONS} commonest"] += rare
-    kept = sorted(name for name, _ in seen.most_common(_MOST_COLUMNS))
+    kept = _kept_columns(seen)
     fields = [pa.field(name, kind) for name, kind in COLUMNS.items()]
     fields += [pa.field(name, _common(kinds[name])) for name in kept]
     about = {"version": VERSION, "shards": files, "extensions": list(extensions)}
@@ -421,6 +424,12 @@ def _tables(paths: Sequence[str]) -> Iterator[pa.Table]:
     with ThreadPoolExecutor(_READS) as pool:
         for first in range(0, len(paths), 2 * _READS):
             yield from pool.map(_read_part, paths[first : first + 2 * _READS])
+
+
+def _kept_columns(counts: Counter[str]) -> list[str]:
+    """The commonest metadata columns, with those that sizes of clips are chosen by."""
+    ranked = sorted(counts, key=lambda name: (name not in _NEEDED_COLUMNS, -counts[name]))
+    return sorted(ranked[:_MOST_COLUMNS])
 
 
 def _read_part(path: str) -> pa.Table:

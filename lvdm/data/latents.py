@@ -83,6 +83,8 @@ class LatentSetInfo(Section):
     """See ``scale``."""
     clip: ClipConfig
     """How clips were cut and resized."""
+    decoder: Literal["pyav", "torchcodec"] = "pyav"
+    """What decoded the videos: each scales in its own way."""
     clips: PositiveInt = 1
     """Most clips of a video."""
     captions: dict[str, float] = Field(default_factory=dict)
@@ -100,6 +102,8 @@ class LatentSetInfo(Section):
     """C, T, H, W of the latents of each of ``clip.sizes``; empty in a folder of text states alone."""
     samples: int
     """Samples in the folder."""
+    content: str = ""
+    """Digest of all shards."""
     lvdm_version: str
     """Version of the code that wrote it."""
 
@@ -185,7 +189,7 @@ def settings_difference(a: LatentSetInfo, b: LatentSetInfo) -> str:
 
 def content_settings(info: LatentSetInfo) -> dict[str, str]:
     """What decides the content of a folder, by dotted name. Names of models do not: their digests tell."""
-    free = {"samples", "lvdm_version", "scale", "shift", "shapes", "clip", "captions"}
+    free = {"samples", "content", "lvdm_version", "scale", "shift", "shapes", "clip", "captions"}
     settings = _flat(info.model_dump(mode="json", exclude=free))
     settings = {name: value for name, value in settings.items() if name not in ("vae.name", "text.name")}
     places = ", ".join(info.places) or "txt, else caption"

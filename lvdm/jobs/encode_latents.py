@@ -14,12 +14,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from fsspec.implementations.local import LocalFileSystem
@@ -33,12 +32,11 @@ from lvdm.data.latents import (
     LatentSetInfo,
     LatentText,
     LatentVAE,
-    content_settings,
     read_latent_set,
     settings_difference,
     write_latent_set,
 )
-from lvdm.errors import UserError
+from lvdm.errors import Requeue, UserError
 from lvdm.inference import read_scaling
 from lvdm.jobs.encoders import Encoders, Part, load_encoders
 from lvdm.jobs.encoding_source import open_encoding_source
@@ -49,8 +47,6 @@ from lvdm.jobs.progress import Report, silent
 from lvdm.jobs.shard_board import MANIFEST, Board, list_files
 from lvdm.jobs.shard_queue import LOOK_EVERY
 from lvdm.storage import Missing, locate, read_file
-
-log = logging.getLogger(__name__)
 
 SETTINGS_NAME = "encoding.json"
 """The settings of an encoding job, written before its first shard."""
@@ -88,6 +84,8 @@ class Encoded:
     """Samples of the source that the index shows to be unfit, by reason."""
     failed: list[Replacement] = field(default_factory=list)
     """Samples left out because their bytes are bad."""
+    removed: list[str] = field(default_factory=list)
+    """Shards of the folder that were removed, as their source is gone or could not be encoded any more."""
     given_up: dict[str, str] = field(default_factory=dict)
     """Source shards that could not be encoded in several attempts, with one reason each."""
 
@@ -121,13 +119,16 @@ def encode_folder(
         Requeue: a store does not answer; the same command goes on.
     """
     assert config.data.video is not None
-    target = target.rstrip("/")
+    source, target = source.rstrip("/"), target.rstrip("/")
     sizes = config.data.video.clip.sizes if settings.only != "text" else []
     shards = open_encoding_source(source, sizes, settings.where, settings.join)
     encoders = encoders or load_encoders(config, device, dtype, settings.only)
-    info = _claim(target, source, _describe(config, config.data.video, encoders, settings, dtype), encoders, settings)
+    origin = {"source": source, "where": [str(one) for one in settings.where], "join": list(settings.join)}
+    info = _claim(target, origin, _describe(config, config.data.video, encoders, settings, dtype), encoders, settings)
     encoders.limit_calls(info.frames_at_once, info.clip.sizes)
-    digest = hashlib.sha256(json.dumps(content_settings(info), sort_keys=True).encode()).hexdigest()
+    # of what was recorded, not of what this version of the code makes of it
+    digest = hashlib.sha256(read_file(f"{target}/{SETTINGS_NAME}")).hexdigest()
+    _check_scaling(config)
     board = Board(target, shards.digests(), digest, hashes=verify)
     board.look()
     done = Encoded(skipped_shards=len(board.finished), passed_over=shards.source.selection.removed)
@@ -142,9 +143,13 @@ def encode_folder(
                 f"none of the {shards.samples} samples in {source} could be encoded; the first: {reasons[0]}"
             )
         while not leases.claim(_FINISH):
-            worker.report()
+            if _content(target) == board.content:
+                return done  # another worker did it
             time.sleep(min(lease_seconds / 10, LOOK_EVERY))
-        _finish(config, target, info, encoders, board, leases, done.samples)
+        if open_encoding_source(source, sizes, settings.where, settings.join, check=False).digests() != board.sources:
+            raise Requeue(f"{source} changed while it was encoded")
+        board.look()
+        done.removed = _finish(config, target, info, encoders, board, leases, done.samples)
     return done
 
 
@@ -175,6 +180,7 @@ def _describe(
         if text is not None and config.text is not None
         else None,
         clip=clip,
+        decoder=video.decoder if vae is not None else "pyav",
         clips=settings.clips if vae is not None else 1,
         captions={name: weight for name, weight in video.captions.items() if weight > 0} if text is not None else {},
         seed=config.run.seed,
@@ -187,7 +193,9 @@ def _describe(
     )
 
 
-def _claim(target: str, source: str, info: LatentSetInfo, encoders: Encoders, settings: Settings) -> LatentSetInfo:
+def _claim(
+    target: str, origin: dict[str, Any], info: LatentSetInfo, encoders: Encoders, settings: Settings
+) -> LatentSetInfo:
     """Record the settings in a new folder, or take those of a begun one if they are the same. Raises `UserError`."""
     url = f"{target}/{SETTINGS_NAME}"
     begun = _read_settings(url)
@@ -199,7 +207,7 @@ def _claim(target: str, source: str, info: LatentSetInfo, encoders: Encoders, se
         chosen = begun[1].frames_at_once if begun else encoders.frames_that_fit(info.clip.sizes)
         info = info.model_copy(update={"frames_at_once": chosen})
     if begun is None:
-        document = json.dumps({"source": source, "latents": info.model_dump(mode="json")}, indent=1) + "\n"
+        document = json.dumps({**origin, "latents": info.model_dump(mode="json")}, indent=1) + "\n"
         if create(url, document.encode()):
             return info
         begun = _read_settings(url)
@@ -207,17 +215,20 @@ def _claim(target: str, source: str, info: LatentSetInfo, encoders: Encoders, se
             raise UserError(f"{url} appears and disappears; start again when nobody removes {target}")
         if settings.frames_at_once is None:
             info = info.model_copy(update={"frames_at_once": begun[1].frames_at_once})
-    difference = f"source: {begun[0]}, not {source}" if begun[0] != source else settings_difference(begun[1], info)
+    difference = settings_difference(begun[1], info)
+    for name, value in origin.items():
+        if begun[0][name] != value:
+            difference = f"{name}: {begun[0][name] or 'none'}, not {value or 'none'}"
     if difference:
         raise UserError(f"{target} holds latents made with another {difference}; choose another folder")
     return info
 
 
-def _read_settings(url: str) -> tuple[str, LatentSetInfo] | None:
-    """Source and settings of a begun folder. Raises `UserError` if they are damaged."""
+def _read_settings(url: str) -> tuple[dict[str, Any], LatentSetInfo] | None:
+    """Origin and settings of a begun folder. Raises `UserError` if they are damaged."""
     try:
         tree = json.loads(read_file(url))
-        return str(tree["source"]), LatentSetInfo.model_validate(tree["latents"])
+        return {name: tree[name] for name in ("source", "where", "join")}, LatentSetInfo.model_validate(tree["latents"])
     except Missing:
         return None
     except (ValueError, KeyError, TypeError):
@@ -240,26 +251,42 @@ def _finish(
     board: Board,
     leases: Leases,
     samples: int,
-) -> None:
-    """Index and describe a folder whose shards are finished, unless another worker has; remove what is of no use."""
-    shards = _tidy(target, set(board.finished), leases.seconds)
-    board.summarise()
-    if not _is_described(target, samples, shards):
+) -> list[str]:
+    """Index and describe a folder whose shards are finished, unless another worker has; remove what is of no use, and
+    name the shards among it."""
+    removed = _tidy(target, set(board.finished), leases.seconds)
+    if removed or not _is_described(target, board.content):
+        board.summarise()
         build_index(target)
         scale, shift = _scaling(config, target, board)
-        whole = info.model_copy(update={"scale": scale, "shift": shift, "samples": samples})
+        about = {"scale": scale, "shift": shift, "samples": samples, "content": board.content}
+        whole = info.model_copy(update=about)
         unconditional_LD = encoders.states([""])[0].wait() if info.text is not None else None
         write_latent_set(target, whole, unconditional_LD)
     leases.sweep()
+    return removed
 
 
-def _is_described(target: str, samples: int, shards: int) -> bool:
-    """Whether the folder's index and description are those of what is there, so many samples and shards."""
+def _content(target: str) -> str:
+    """The digest of the shards that a folder is described with; empty if it is not."""
     locate(target)[0].invalidate_cache()
     with contextlib.suppress(UserError):
-        index = open_index([target])
-        return read_latent_set(target).samples == len(index) == samples and len(index.shards) == shards
+        return read_latent_set(target).content
+    return ""
+
+
+def _is_described(target: str, content: str) -> bool:
+    """Whether the folder's description and index are those of the shards that are there."""
+    with contextlib.suppress(UserError):
+        open_index([target])
+        return _content(target) == content
     return False
+
+
+def _check_scaling(config: LatentDiffusionTraining) -> None:
+    """Refuse a file of scale and shift that holds none now, not when all is encoded. Raises `UserError`."""
+    if config.vae.scaling and Path(config.vae.scaling).exists():
+        read_scaling(config.vae)
 
 
 def _scaling(config: LatentDiffusionTraining, target: str, board: Board) -> tuple[Scaling, Scaling]:
@@ -267,7 +294,7 @@ def _scaling(config: LatentDiffusionTraining, target: str, board: Board) -> tupl
     with contextlib.suppress(UserError):
         before = read_latent_set(target)
         return before.scale, before.shift
-    if config.vae.kind == "diffusers" or (config.vae.scaling and Path(config.vae.scaling).is_file()):
+    if Path(config.vae.scaling).is_file() if config.vae.scaling else config.vae.kind == "diffusers":
         return read_scaling(config.vae)
     sums = ChannelSums()
     for _, manifest in sorted(board.finished.items()):
@@ -276,20 +303,20 @@ def _scaling(config: LatentDiffusionTraining, target: str, board: Board) -> tupl
     return sums.scaling() if sums.values else (1.0, 0.0)
 
 
-def _tidy(target: str, finished: set[str], age: float) -> int:
+def _tidy(target: str, finished: set[str], age: float) -> list[str]:
     """Remove shards that are not of this job any more, or were begun and given up, and what killed workers left: files
-    that nobody has written to for ``age`` seconds. How many shards there are then."""
+    that nobody has written to for ``age`` seconds. The shards that it removed."""
     fs, root = locate(target)
     files = list_files(target)
     begun = {name.removesuffix(ending) for ending in (MANIFEST, ".tar") for name in files if name.endswith(ending)}
-    for shard in sorted(begun - finished):
+    removed = sorted(begun - finished)
+    for shard in removed:
         for name in (f"{shard}{ending}" for ending in _ENDINGS):
             if name in files:
-                log.info("removing %s/%s", target, name)
                 fs.rm_file(f"{root}/{name}")
     if isinstance(fs, LocalFileSystem):
         for path in Path(root).glob(".writing-*"):
             with contextlib.suppress(FileNotFoundError):
                 if max(part.stat().st_mtime for part in (path, *path.iterdir())) <= time.time() - age:
                     shutil.rmtree(path, ignore_errors=True)
-    return sum(f"{shard}.tar" in files for shard in finished)
+    return removed

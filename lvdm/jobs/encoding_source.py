@@ -23,7 +23,7 @@ class EncodingSource:
     """A folder of indexed shards, with its selected rows by shard."""
 
     source: Source
-    rows: dict[str, list[Sequence[int]]]
+    rows: dict[str, list[_Slice]]
     """Rows of the index by shard (its name without ``.tar``) and bucket; shards without any are absent."""
 
     @property
@@ -56,22 +56,27 @@ class EncodingSource:
             digest = hashlib.sha256(json.dumps(about).encode())
             for chosen in rows:
                 digest.update(b"|")
-                digest.update(offsets.of(chosen).tobytes())
+                digest.update(offsets.of(chosen.numbers()).tobytes())
             found[shard] = digest.hexdigest()[:32]
         return found
 
 
 def open_encoding_source(
-    folder: str, sizes: Sequence[ClipConfig], where: Sequence[Condition] = (), join: Sequence[str] = ()
+    folder: str,
+    sizes: Sequence[ClipConfig],
+    where: Sequence[Condition] = (),
+    join: Sequence[str] = (),
+    check: bool = True,
 ) -> EncodingSource:
     """Open a folder for encoding.
 
     Args:
         sizes: sizes of clips that share the samples out.
+        check: whether the shards are held against the index.
     Raises:
         UserError: as `lvdm.data.sources.open_sources`.
     """
-    (source,) = open_sources([ShardSet(folders=(folder,), where=tuple(where), join=tuple(join))], sizes)
+    (source,) = open_sources([ShardSet(folders=(folder,), where=tuple(where), join=tuple(join))], sizes, check)
     starts = [(name.removesuffix(".tar"), first) for name, first, _ in source.index.shard_keys()]
     names = [name for name, _ in starts]
     if len(set(names)) < len(names):
@@ -87,7 +92,7 @@ def open_encoding_source(
             for rows, cut in zip(source.selection.rows, cuts, strict=True)
         ]
         if any(map(len, mine)):
-            found[name] = list[Sequence[int]](mine)
+            found[name] = mine
     return EncodingSource(source, found)
 
 
@@ -107,6 +112,13 @@ class _Slice(Sequence[int]):
             raise IndexError(place)
         return self._rows[self._first + place]
 
+    def numbers(self) -> np.ndarray:
+        """The rows as one array."""
+        if isinstance(self._rows, range):
+            return np.arange(self._first, self._last)
+        numbers: np.ndarray = getattr(self._rows, "array", np.asarray(self._rows))[self._first : self._last]
+        return numbers
+
 
 def _cut(rows: Sequence[int], bounds: np.ndarray) -> np.ndarray:
     """Where in ascending rows those of each shard begin."""
@@ -117,7 +129,7 @@ def _cut(rows: Sequence[int], bounds: np.ndarray) -> np.ndarray:
 
 
 def _mark(file: ShardFile) -> list[str | int]:
-    return [file.name, file.size, file.ends or file.tag]
+    return [file.name, file.size, file.ends, file.tag]
 
 
 class _Offsets:
@@ -127,13 +139,13 @@ class _Offsets:
         self._batches = [batch.column("offset").to_numpy() for batch in part.batches]
         self._starts = np.array(part.starts, np.int64)
 
-    def of(self, rows: Sequence[int]) -> np.ndarray:
+    def of(self, rows: np.ndarray) -> np.ndarray:
         """Those of ascending rows that lie close together, such as those of one shard."""
         if not len(rows):
             return np.zeros(0, np.int64)
-        first, end = rows[0], rows[len(rows) - 1] + 1
+        first, end = int(rows[0]), int(rows[-1]) + 1
         low, high = np.searchsorted(self._starts, [first, end - 1], side="right") - 1
         start = int(self._starts[low])
         near = self._batches[low] if low == high else np.concatenate(self._batches[low : high + 1])
         whole: np.ndarray = near[first - start : end - start]
-        return whole[np.fromiter(rows, np.int64, len(rows)) - first] if len(whole) > len(rows) else whole
+        return whole[rows.astype(np.int64) - first] if len(whole) > len(rows) else whole

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 LATENT_FIELDS = ("clips", "clip_frames", "clip_height", "clip_width", "encoded")
 """Fields of a sample's ``.json`` that encoding adds."""
 _CLIPS_OF_BATCH, _BYTES_OF_BATCH = 16, 64 << 20  # that a loader process hands over at once
+_FAILED_IN_A_ROW = 5  # shards after which the fault is not sought in them
 _SHARDS_AT_ONCE = 2  # that are written while the next is encoded
 
 
@@ -65,14 +66,17 @@ class Worker:
         """Shards that are being encoded or written."""
         self._encoded: Counter[str] = Counter()
         """Samples of those that are encoded."""
+        self._failed_in_a_row: set[str] = set()
+        """Shards that could not be read since the last that could."""
         self._next_report = 0.0
 
     def run(self) -> None:
         """Work until nothing is left.
 
         Raises:
-            UserError: the target cannot be written.
-            Requeue: its store does not answer.
+            UserError: the target cannot be written, or one shard after the other cannot be read: that is no fault of
+                theirs.
+            Requeue: a store does not answer.
         """
         items = self._samples_at_once()
         with (
@@ -120,12 +124,24 @@ class Worker:
             planned = queue.take()
             if planned is None:
                 continue
+            self._failed_in_a_row.clear()
             output = self._outputs.get(planned.shard)
             if output is None:
                 output = ShardOutput(pool, functools.partial(self._write, planned.shard))
                 self._outputs[planned.shard] = output
-            for sample in self._encode(samples):
-                output.put(sample)
+            try:
+                for sample in self._encode(samples):
+                    output.put(sample)
+            except torch.OutOfMemoryError:
+                raise UserError(
+                    f"{self._target} was begun with {self._info.frames_at_once} frames at once, which the memory of "
+                    f"{self._encoders.device} does not hold; encode into another folder with fewer --frames-at-once"
+                ) from None
+            except (UserError, Requeue):  # of writing
+                raise
+            except Exception as error:  # a fault of ours must not stop every worker that meets this shard
+                self._board.fail(planned.shard, f"{type(error).__name__}: {error}")
+                raise
             self._encoded[planned.shard] += len(samples)
             if planned.last:
                 output.end()
@@ -139,25 +155,24 @@ class Worker:
                 queue.done(name)
 
     def _fail(self, queue: ShardQueue, error: UserError | Requeue) -> None:
-        """Record that a shard could not be read, and go on with the next."""
+        """Record that a shard could not be read, and go on with the next, unless it is the same with all of them."""
         name = queue.drop()
         log.warning("%s: %s", name, error)
         output = self._outputs.pop(name, None)
         if output is not None:
             output.abort(error)
         del self._encoded[name]
+        self._failed_in_a_row.add(name)
+        if len(self._failed_in_a_row) >= _FAILED_IN_A_ROW:
+            raise error
         self._board.fail(name, str(error))
         queue.done(name)
 
     def _stop(self, error: BaseException) -> None:
-        """Leave the shards under way; one that meets a fault of ours again and again must not stop all workers."""
+        """Leave the shards under way."""
         for output in self._outputs.values():
             with contextlib.suppress(Exception):
                 output.abort(RuntimeError(f"stopped by {type(error).__name__}"))
-        if not isinstance(error, UserError | Requeue | KeyboardInterrupt):
-            for name in self._outputs:
-                with contextlib.suppress(Exception):
-                    self._board.fail(name, f"{type(error).__name__}: {error}")
 
     def _encode(self, samples: Sequence[SourceSample]) -> Iterator[EncodedSample]:
         """Start encoding the samples of a micro-batch, and give them in their order."""
@@ -189,17 +204,18 @@ class Worker:
         """Write a shard and finish it."""
         left_out: list[list[str]] = []
         sums: list[ChannelSums] = []
-        stats = write_shard(self._target, name, (self._packed(sample, left_out, sums) for sample in samples), tell=True)
-        total = None
-        for one in sums:
-            total = one if total is None else total.merge(one)
+        packed = (self._packed(sample, left_out, sums) for sample in samples)
+        try:
+            stats = write_shard(self._target, name, packed, tell=True)
+        except OSError as error:  # such as a network file system's
+            raise Requeue(f"cannot write {self._target}/{name}.tar: {error.strerror or error}") from None
         manifest = Manifest(
             settings=self._board.settings,
             source=self._board.sources[name],
             samples=stats.successes,
             left_out=left_out,
             files=stats.files,
-            sums=total.to_json() if total is not None else None,
+            sums=functools.reduce(ChannelSums.merge, sums).to_json() if sums else None,
         )
         self._board.finish(name, manifest)
 

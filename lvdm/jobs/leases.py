@@ -171,14 +171,14 @@ def _link_new(url: str, path: str, content: bytes) -> bool:
             with open(scratch, "xb") as file:
                 file.write(content)
             os.link(scratch, path)  # fails if it exists, on NFS too
+        except FileExistsError:
+            return False
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(scratch)
     except FileNotFoundError:
         raise
     except OSError as error:
-        if os.path.isfile(path):
-            return False
         reason = os.strerror(errno.ENOTDIR) if os.path.isfile(folder) else error.strerror or error
         raise UserError(f"cannot write {url}: {reason}") from None
     return True

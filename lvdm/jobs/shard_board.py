@@ -17,7 +17,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +34,9 @@ SUMMARY = ".board.json"
 FAILED = ".failed"
 ATTEMPTS = 3
 """Times that a shard is tried before it is given up."""
+_MARK = 12  # characters of a source's digest in the names of failed attempts
 _THREADS = 16
+_STATS = 500  # files that one thread asks for
 _BLOCK = 32 << 20  # bytes hashed at once
 _WORTH_A_SUMMARY = 1000  # manifests
 _SIZED = (".tar", ".parquet")
@@ -89,6 +91,13 @@ class Board:
         with self._lock:
             return [n for n, count in self.failures.items() if n not in self.finished and count >= ATTEMPTS]
 
+    @property
+    def content(self) -> str:
+        """Digest of all finished shards."""
+        with self._lock:
+            files = {name: manifest.files["tar"].sha256 for name, manifest in self.finished.items()}
+        return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
     def look(self, at_most_every: float = 0.0) -> None:
         """List the folder and read the manifests that are new, if the last time is so many seconds ago, and long ago
         by how long it took. Raises `UserError` and `Requeue`."""
@@ -103,7 +112,7 @@ class Board:
             for name, manifest in zip(new, pool.map(self._read, new), strict=True):
                 if manifest is not None and self._holds(name, manifest, sizes):
                     found[name] = manifest
-        failures = Counter(file.rpartition("-")[0] for file in list_files(f"{self.folder}/{FAILED}"))
+        failures = Counter(self._failures().values())
         with self._lock:
             self.finished, self.failures = found, failures
         # by a share of what there is, so that all summaries together take a few times what the last one does
@@ -136,20 +145,30 @@ class Board:
 
     def fail(self, name: str, reason: str) -> None:
         """Record a failed attempt. Raises `UserError`."""
-        _write(f"{self.folder}/{FAILED}/{name}-{secrets.token_hex(6)}.json", {"reason": reason})
+        file = f"{name}-{self.sources[name][:_MARK]}-{secrets.token_hex(6)}.json"
+        _write(f"{self.folder}/{FAILED}/{file}", {"reason": reason})
         with self._lock:
             self.failures[name] += 1
 
     def reasons(self) -> dict[str, str]:
         """Why each shard that was given up failed, one of the times."""
         folder = f"{self.folder}/{FAILED}"
-        files = {file.rpartition("-")[0]: file for file in sorted(list_files(folder))}
+        files = {name: file for file, name in sorted(self._failures().items())}
         found = {}
         for name in sorted(self.given_up):
             try:
                 found[name] = str(json.loads(read_file(f"{folder}/{files[name]}"))["reason"])
             except (Missing, ValueError, KeyError, TypeError):
                 found[name] = f"what {folder} says of it cannot be read"
+        return found
+
+    def _failures(self) -> dict[str, str]:
+        """The shard of each failed attempt, by file, but for those at what their sources were before."""
+        found = {}
+        for file in list_files(f"{self.folder}/{FAILED}"):
+            name, _, rest = file.rpartition("-")[0].rpartition("-")
+            if name in self.sources and self.sources[name].startswith(rest):
+                found[file] = name
         return found
 
     def summarise(self) -> None:
@@ -204,14 +223,10 @@ def list_files(folder: str, sizes_of: tuple[str, ...] = ()) -> dict[str, int]:
     its time; none if there is no folder. Raises `UserError` and `Requeue`."""
     fs, root = locate(folder)
     if isinstance(fs, LocalFileSystem):
-        found = {}
         try:
             with os.scandir(root) as entries:
-                for entry in entries:
-                    with contextlib.suppress(FileNotFoundError):  # others tidy up meanwhile
-                        if entry.is_file():
-                            found[entry.name] = entry.stat().st_size if entry.name.endswith(sizes_of) else 0
-            return found
+                names = [entry.name for entry in entries if entry.is_file()]
+            return dict.fromkeys(names, 0) | _sizes(root, [name for name in names if name.endswith(sizes_of)])
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except OSError as error:
@@ -222,6 +237,20 @@ def list_files(folder: str, sizes_of: tuple[str, ...] = ()) -> dict[str, int]:
     except Missing:
         return {}
     return {str(entry["name"]).rstrip("/").rsplit("/", 1)[-1]: int(entry.get("size") or 0) for entry in listed}
+
+
+def _sizes(root: str, names: Sequence[str]) -> dict[str, int]:
+    """Sizes of files, asked for side by side, as a network file system takes its time for each."""
+
+    def some(first: int) -> dict[str, int]:
+        found = {}
+        for name in names[first : first + _STATS]:
+            with contextlib.suppress(FileNotFoundError):  # others tidy up meanwhile
+                found[name] = os.stat(f"{root}/{name}").st_size
+        return found
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return {name: size for part in pool.map(some, range(0, len(names), _STATS)) for name, size in part.items()}
 
 
 def _manifest(tree: dict[str, Any]) -> Manifest:

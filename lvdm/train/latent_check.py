@@ -90,6 +90,7 @@ def _about_captions(config: LatentDiffusionTraining, video: VideoSource, one: En
 
 
 def _about_clips(video: VideoSource, one: EncodedSet) -> Iterator[Pair]:
+    yield "data.video.decoder", video.decoder, one.info.decoder
     found = clip_settings(one.info.clip)
     for name, value in clip_settings(video.clip).items():
         if name not in ("buckets", "frames", "height", "width"):

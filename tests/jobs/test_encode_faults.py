@@ -18,13 +18,14 @@ from typing import Any
 import pytest
 import torch
 
+from lvdm.config import Condition
 from lvdm.config.base import dump_yaml
 from lvdm.data.build_index import build_index
 from lvdm.data.index import open_index
 from lvdm.data.latents import read_latent_set
 from lvdm.data.one_pass import OnePassDataset, SourceSample
 from lvdm.data.writer import write_shard
-from lvdm.errors import UserError
+from lvdm.errors import Requeue, UserError
 from lvdm.jobs import encode_latents, encoding_worker
 from lvdm.jobs.encode_latents import Settings
 from lvdm.jobs.encoders import Encoders, load_encoders
@@ -110,16 +111,18 @@ def test_shards_that_cannot_be_read_are_tried_thrice_and_listed_and_the_others_f
 ) -> None:
     folder, target = str(shutil.copytree(source, tmp_path / "source")), tmp_path / "latents"
 
-    def open_and_lose(*given: Any) -> EncodingSource:
-        found = open_encoding_source(*given)
-        (tmp_path / "source" / "00001.tar").unlink()
+    digests = open_encoding_source(folder, parsed(toy).data.video.clip.sizes).digests()  # type: ignore[union-attr]
+
+    def open_and_lose(*given: Any, **how: Any) -> EncodingSource:
+        found = open_encoding_source(*given, **how)
+        (tmp_path / "source" / "00001.tar").unlink(missing_ok=True)
         os.truncate(tmp_path / "source" / "00003.tar", 2000)
         return found
 
     monkeypatch.setattr("lvdm.storage.FIRST_PAUSE", 0.001)
     with monkeypatch.context() as patch:
         patch.setattr(encode_latents, "open_encoding_source", open_and_lose)
-        patch.setattr(encode_latents, "load_encoders", lambda *given: models)
+        patch.setattr("lvdm.jobs.encoders.load_encoders", lambda *given: models)
         config = config_file(toy, tmp_path / "config.yaml")
         words = ("--config", config, "--shards", folder, "--out", str(target), "--only", "latents")
         code, said = run(*words, "--frames-at-once", "8")
@@ -127,7 +130,7 @@ def test_shards_that_cannot_be_read_are_tried_thrice_and_listed_and_the_others_f
     assert one_line(said) == (
         f"encode_latents: error: 2 shards could not be encoded; mend them, remove {target}/.failed and start again"
     )
-    reasons = Board(str(target), dict.fromkeys(["00001", "00003"], ""), "")
+    reasons = Board(str(target), digests, "")
     reasons.look()
     assert set(reasons.given_up) == {"00001", "00003"}
     assert "FileNotFoundError" in reasons.reasons()["00001"]
@@ -377,3 +380,55 @@ def test_memory_does_not_grow_with_the_shards(
     assert made.samples == 60
     assert len(sizes) > 50
     assert sum(sizes[-10:]) / 10 - sum(sizes[15:25]) / 10 < 5e6
+
+
+def test_a_worker_that_can_read_nothing_ends_and_gives_no_shard_up(
+    toy: Toy, models: Encoders, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shards = write_set(tmp_path / "source", [shape_sample(number, 2) for number in range(12)], per_shard=1)
+
+    def open_and_lose(*given: Any, **how: Any) -> EncodingSource:
+        found = open_encoding_source(*given, **how)
+        for tar in Path(shards).glob("*.tar"):
+            tar.rename(tar.with_suffix(".gone"))
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode_latents, "open_encoding_source", open_and_lose)
+        with pytest.raises(UserError, match=r"cannot read .*\.tar: FileNotFoundError"):
+            encode(toy, shards, tmp_path / "latents", LATENTS_ALONE, encoders=models)
+    assert len(list((tmp_path / "latents" / FAILED).iterdir())) < 12
+    for gone in Path(shards).glob("*.gone"):
+        gone.rename(gone.with_suffix(".tar"))
+    assert encode(toy, shards, tmp_path / "latents", LATENTS_ALONE, encoders=models).samples == 12
+
+
+def test_a_worker_whose_source_changed_meanwhile_removes_nothing_and_asks_for_another_start(
+    toy: Toy, models: Encoders, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    samples = [shape_sample(number, 2) for number in range(4)]
+    shards = write_set(tmp_path / "source", samples[:3], per_shard=1)
+    run_worker = encoding_worker.Worker.run
+
+    def work_while_others_add_a_shard(worker: encoding_worker.Worker) -> None:
+        run_worker(worker)
+        write_shard(shards, 3, samples[3:])
+        build_index(shards)
+        shutil.copy(tmp_path / "latents" / "00001.tar", tmp_path / "latents" / "00003.tar")
+        shutil.copy(tmp_path / "latents" / "00001_manifest.json", tmp_path / "latents" / "00003_manifest.json")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding_worker.Worker, "run", work_while_others_add_a_shard)
+        with pytest.raises(Requeue, match=f"^{shards} changed while it was encoded"):
+            encode(toy, shards, tmp_path / "latents", LATENTS_ALONE, encoders=models)
+    assert (tmp_path / "latents" / "00003.tar").exists()
+    assert encode(toy, shards, tmp_path / "latents", LATENTS_ALONE, encoders=models).samples == 4
+
+
+def test_other_conditions_are_refused_in_a_begun_folder(
+    toy: Toy, source: str, models: Encoders, tmp_path: Path
+) -> None:
+    encode(toy, source, tmp_path / "latents", LATENTS_ALONE, encoders=models)
+    chosen = Settings(only="latents", frames_at_once=8, where=(Condition.model_validate("frames > 1"),))
+    with pytest.raises(UserError, match=r"made with another where: none, not \['frames > 1.0'\]"):
+        encode(toy, source, tmp_path / "latents", chosen, encoders=models)
