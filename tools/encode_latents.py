@@ -89,6 +89,7 @@ def encode_all(config: LatentDiffusionTraining, arguments: argparse.Namespace) -
     """Encode each pair of folders with a progress bar, and say what came of it."""
     import torch
 
+    from lvdm.data.index import open_index
     from lvdm.jobs.encode_latents import Settings, encode_folder
     from lvdm.jobs.encoders import load_encoders
     from lvdm.jobs.progress import progress_line
@@ -97,6 +98,7 @@ def encode_all(config: LatentDiffusionTraining, arguments: argparse.Namespace) -
     device, dtype = torch.device("cuda" if on_gpu else "cpu"), torch.bfloat16 if on_gpu else torch.float32
     given_up: dict[str, int] = {}
     pairs = folder_pairs(config, arguments)
+    open_index([folder for source, _ in pairs for folder in source.folders], check=False)  # before models are loaded
     encoders = load_encoders(config, device, dtype, arguments.only)
     for source, target in pairs:
         (folder,) = source.folders

@@ -21,6 +21,7 @@ from lvdm.config import (
     LatentDiffusionTraining,
     Section,
     ShardSet,
+    VideoSource,
     dump_yaml,
     load_training_config,
     models,
@@ -184,10 +185,19 @@ def test_conditions_may_be_texts() -> None:
 
 def test_the_example_of_the_data_page_is_a_config() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"^```yaml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    config = DataConfig.model_validate(yaml.safe_load(example)["data"])
+    whole, sidecar = (
+        yaml.safe_load(text) for text in re.findall(r"^```yaml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    )
+    config = DataConfig.model_validate(whole["data"])
     assert config.video is not None
     assert len(config.video.clip.sizes) == 2
+    assert VideoSource.model_validate(sidecar).captions == {"txt": 1, "llava": 3}
+
+
+def test_the_example_of_the_latents_page_is_a_config() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "latents.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```yaml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert DataConfig.model_validate(yaml.safe_load(example)["data"]).latents is not None
 
 
 def test_latents_may_have_buckets() -> None:
