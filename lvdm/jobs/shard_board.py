@@ -74,6 +74,8 @@ class Board:
         self.finished: dict[str, Manifest] = {}
         self.failures: Counter[str] = Counter()
         """Failed attempts by shard."""
+        fs, root = locate(self.folder)
+        self._local = root if isinstance(fs, LocalFileSystem) else ""
         self._lock = threading.Lock()
         self._next = 0.0
         self._summarised: dict[str, Manifest] = {}
@@ -196,6 +198,13 @@ class Board:
         self._summarised = found
         return found
 
+    def _content_of(self, name: str) -> bytes:
+        """The bytes of a file of the folder; a local one without all that stores need, as there may be many."""
+        if self._local:
+            with open(f"{self._local}/{name}", "rb") as file:
+                return file.read()
+        return read_file(f"{self.folder}/{name}")
+
     def _holds(self, name: str, manifest: Manifest, sizes: Mapping[str, int]) -> bool:
         """Whether a manifest is of these settings and this source, and the files there have the sizes that it says."""
         return (
@@ -208,8 +217,8 @@ class Board:
     def _read(self, name: str) -> Manifest | None:
         """The manifest of a shard; nothing if it is missing, unreadable or not of these bytes."""
         try:
-            manifest = _manifest(json.loads(read_file(f"{self.folder}/{name}{MANIFEST}")))
-        except (Missing, ValueError, KeyError, TypeError, AttributeError):
+            manifest = _manifest(json.loads(self._content_of(f"{name}{MANIFEST}")))
+        except (Missing, FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return None
         if self.hashes and any(
             _hash(f"{self.folder}/{name}.{part}", file.size) != file.sha256 for part, file in manifest.files.items()
