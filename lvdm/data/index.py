@@ -114,12 +114,12 @@ class Part:
         batch = bisect.bisect_right(self.starts, row) - 1
         return self.batches[batch], row - self.starts[batch]
 
-    def column(self, name: str, first: int, last: int) -> pa.Array:
-        """A column of rows ``first`` to ``last``, exclusive."""
+    def keys(self, first: int, last: int) -> pa.Array:
+        """The keys of rows ``first`` to ``last``, exclusive."""
         pieces = []
         while first < last:
             batch, place = self.batch_of(first)
-            piece = batch.column(name).slice(place, last - first)
+            piece = batch.column("key").slice(place, last - first)
             pieces.append(piece)
             first += len(piece)
         return pa.concat_arrays(pieces)
@@ -187,7 +187,7 @@ class Index:
             firsts = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist()]
             for first, last in itertools.pairwise([*firsts, part.rows]):
                 name = part.shards[int(shards[first])].name
-                yield name, start + first, functools.partial(part.column, "key", first, last)
+                yield name, start + first, functools.partial(part.keys, first, last)
 
     def types(self) -> dict[str, list[pa.DataType]]:
         """The types that each metadata column has in the folders that have it."""

@@ -27,7 +27,7 @@ from torch import Tensor
 from lvdm.config import ClipConfig, Scaling, Section
 from lvdm.config.base import NonNegativeInt, PositiveInt
 from lvdm.errors import BadSample, UserError
-from lvdm.storage import Missing, atomic_file, read_file
+from lvdm.storage import Missing, atomic_file, read_file, write_text
 
 INFO_NAME = "latents.json"
 UNCONDITIONAL_NAME = "unconditional.safetensors"
@@ -141,8 +141,7 @@ def write_latent_set(folder: str, info: LatentSetInfo, unconditional_LD: Tensor 
     if unconditional_LD is not None:
         with atomic_file(f"{folder}/{UNCONDITIONAL_NAME}") as path:
             Path(path).write_bytes(pack_text(unconditional_LD, info.dtype))
-    with atomic_file(f"{folder}/{INFO_NAME}") as path:
-        Path(path).write_text(info.model_dump_json(indent=2), encoding="utf-8")
+    write_text(f"{folder}/{INFO_NAME}", info.model_dump_json(indent=2))
 
 
 def read_latent_set(folder: str) -> LatentSetInfo:

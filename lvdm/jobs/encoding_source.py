@@ -11,11 +11,9 @@ import numpy as np
 
 from lvdm.config import ClipConfig, Condition, ShardSet
 from lvdm.data.index import Part, ShardFile
+from lvdm.data.one_pass import Item
 from lvdm.data.sources import Source, open_sources
 from lvdm.errors import UserError
-
-Item = tuple[int, int]
-"""Bucket, and row of the index."""
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
 from lvdm.data.writer import FileDigest
 from lvdm.errors import UserError
-from lvdm.storage import Missing, atomic_file, file_info, locate, persistently, read_file, read_range
+from lvdm.storage import Missing, file_info, locate, persistently, read_file, read_range, write_text
 
 MANIFEST = "_manifest.json"
 SUMMARY = ".board.json"
@@ -268,8 +267,7 @@ def _manifest(tree: dict[str, Any]) -> Manifest:
 
 
 def _write(url: str, document: Mapping[str, Any]) -> None:
-    with atomic_file(url) as path:
-        Path(path).write_text(json.dumps(document) + "\n", encoding="utf-8")
+    write_text(url, json.dumps(document) + "\n")
 
 
 def _hash(url: str, size: int) -> str:
