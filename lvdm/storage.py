@@ -196,6 +196,11 @@ def atomic_file(url: str) -> Iterator[str]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def refuses_writing(error: Exception) -> bool:
+    """Whether a disk said that it takes nothing here, or no more, so that trying again is in vain."""
+    return isinstance(error, OSError) and (error.errno in _NO_PLACE or isinstance(error, _REFUSED))
+
+
 def _scratch_folder() -> Path:
     """Where files on their way to a store are written, without what killed processes left there long ago."""
     folder = cache_folder("writing")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +115,11 @@ def changed(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
-    made = Toy(tmp_path_factory.mktemp("toy"))
+    return make_toy(tmp_path_factory.mktemp("toy"))
+
+
+def make_toy(folder: Path) -> Toy:
+    made = Toy(folder)
     make_shapes(
         str(made.folder / "shapes"), clips=24, held_out_clips=8, frames=8, size=16, fps=8, seed=0, shard_size=10
     )
@@ -142,3 +148,26 @@ def copy_with_broken_clips(source: Path, target: Path, count: int) -> set[str]:
         keys.add(record.key)
     build_index(str(target))
     return keys
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """A file system of its own, mounted with options; again with others to change them."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = False
+
+    def mount(options: str) -> Path:
+        nonlocal mounted
+        how = [*(["remount"] if mounted else []), options]
+        made = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", ",".join(how), "none", folder], capture_output=True, text=True
+        )
+        if made.returncode:
+            pytest.skip(f"file systems cannot be mounted here: {made.stderr.strip()}")
+        mounted = True
+        return folder
+
+    yield mount
+    if mounted:
+        subprocess.run(["umount", folder], check=True)

@@ -17,6 +17,7 @@ LEVELS = {
     "models": 1,
     "diffusion": 1,
     "weights": 1,
+    "checkpoint": 1,
     "evaluation": 1,
     "media": 1,
     "clip_folder": 2,

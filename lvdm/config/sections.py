@@ -35,10 +35,18 @@ class RunConfig(Section):
     """Length of the run in optimiser steps."""
     log_every: PositiveInt = 10
     """Steps between lines of the log."""
+    log_samples: bool = False
+    """Whether ``seen/`` gets the position and a checksum of every sample that a step takes."""
     save_every: PositiveInt = 500
     """Steps between checkpoints; one more is written at the end."""
+    checkpoints: str = ""
+    """Folder or fsspec URL (``s3://...``) of the checkpoints; empty for ``checkpoints`` in ``folder``."""
     keep: PositiveInt = 3
     """Newest checkpoints kept; older ones are deleted once a newer one is verified."""
+    keep_every: NonNegativeInt = 0
+    """The first checkpoint behind every multiple of so many samples is kept for good; 0 for none."""
+    keep_best: NonNegativeInt = 0
+    """Checkpoints kept for the best validation of the averaged weights: of the loss, or of an autoencoder's PSNR."""
     stall_timeout: Annotated[float, Field(gt=0)] = 1800
     """Seconds without a finished step after which every rank prints its stacks and the run ends."""
 

@@ -1,149 +1,318 @@
-"""Saving and restoring an `Engine`, on all ranks together."""
+"""Saving engines while they train on, and restoring them, on all ranks together."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
 
 import lvdm
-from lvdm.engine import checkpoint as files
+from lvdm.checkpoint.blocks import Damaged
+from lvdm.checkpoint.folder import Attempt, CheckpointFolder, Retention
+from lvdm.checkpoint.manifest import MODEL, Manifest, Network, StoredFile
+from lvdm.checkpoint.node_writer import NodeWriter, discard
+from lvdm.checkpoint.pieces import FROZEN, KINDS
+from lvdm.checkpoint.reader import Checkpoint, Near, check_shapes
 from lvdm.engine import distributed
-from lvdm.engine.checkpoint import Checkpoint, Damaged, Manifest
 from lvdm.engine.engine import Engine
-from lvdm.errors import UserError
+from lvdm.engine.snapshot import Snapshot
+from lvdm.errors import Requeue, UserError
+
+T = TypeVar("T")
+_SLOWEST = 10 << 20  # bytes a second that a node writes and reads back at least, both attempts together
+_HANG = 1800.0  # seconds that a rank may take for anything else
+_RETRY_PAUSE = 1.0
+_LONGEST_PLACE = 95  # bytes; a socket's path has 107 at most
 
 
-def save(
-    root: Path,
-    engine: Engine,
+class Saver:
+    """Writes checkpoints in the background; at most one is in flight.
+
+    `save` copies the state into host memory and returns. A thread of each rank then has its node's writer write the
+    rank's file, and the main rank's publishes the checkpoint when all are there. These threads speak with each other
+    over a process group of their own, so that they are independent of the training's collectives.
+    """
+
+    def __init__(
+        self, folder: CheckpointFolder, engines: Mapping[str, Engine], keep: Retention, ranks: distributed.Ranks
+    ) -> None:
+        """Collective. Removes what interrupted saves left in ``folder``.
+
+        Raises:
+            UserError: there is no memory for a copy of the state or no place for a socket, or ``folder`` is unreadable.
+            Requeue: the store of ``folder`` does not answer.
+        """
+        self._folder, self._keep, self._ranks = folder, keep, ranks
+        starts_writer = ranks.local_rank == 0
+        distributed.together(lambda: folder.sweep() if ranks.is_main else None, ranks.device)
+        self._snapshot = distributed.together(lambda: Snapshot(engines), ranks.device)
+        self._scratch = distributed.together(lambda: _place_of_socket() if starts_writer else None, ranks.device)
+        node = ranks.rank - ranks.local_rank  # by its first rank
+        facts = {"node": node, "size": self._snapshot.size, "scratch": str(self._scratch)}
+        gathered = distributed.gather_json(facts, ranks.device)
+        nodes: Counter[int] = Counter()
+        for item in gathered:
+            nodes[item["node"]] += item["size"]
+        self._total = nodes.total()
+        self.patience = max(nodes.values()) / _SLOWEST
+        """Seconds that a save may take, beyond what a rank may take for anything, before it counts as hung."""
+        self._group = distributed.host_group(self.patience + _HANG)
+        path = f"{gathered[node]['scratch']}/socket"
+        self._writer = distributed.together(lambda: NodeWriter(path, owner=starts_writer), ranks.device)
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows that the last save failed; `wait` then raises on all ranks."""
+        return self._failure is not None
+
+    def save(self, manifest: Manifest) -> None:
+        """Begin to write the checkpoint that ``manifest`` describes, but for its files (collective).
+
+        Raises what `wait` raises, of the save before.
+        """
+        self.wait()
+        self._snapshot.take()
+        self._thread = threading.Thread(target=self._finish, args=(manifest,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint in flight is complete.
+
+        Raises:
+            UserError: on all ranks, if any could not write; what was there before is untouched.
+            Requeue: the same, where a store or a writer failed that may work again later.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def close(self) -> None:
+        """Wait, whatever came of it, and end the writer."""
+        if self._thread is not None:
+            self._thread.join()
+        self._writer.close()
+        self._snapshot.close()
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _finish(self, manifest: Manifest) -> None:
+        """In the background, on each rank: everything from the copy to the published checkpoint."""
+        try:
+            attempt = Attempt(**self._agree(lambda: self._on_main(lambda: vars(self._begin(manifest))))[0])
+            try:
+                written = self._written(attempt)
+                self._agree(lambda: self._on_main(lambda: self._publish(attempt, manifest, written)))
+            except (UserError, Requeue):
+                self._on_main(lambda: self._folder.abandon(attempt))
+                raise
+        except (UserError, Requeue) as error:
+            self._failure = type(error)(f"{error}{self._what_is_whole()}")
+        except Exception as error:
+            self._failure = error
+
+    def _begin(self, manifest: Manifest) -> Attempt:
+        return self._folder.begin(manifest.step, self._total)
+
+    def _written(self, attempt: Attempt) -> list[dict[str, Any]]:
+        """The files of all ranks, in two attempts.
+
+        All ranks make the second one: the rank that starts a dead writer again may have had its file already.
+        """
+        try:
+            return self._agree(lambda: self._write(attempt))
+        except (UserError, Requeue) as first:
+            time.sleep(_RETRY_PAUSE)
+            written = self._agree(lambda: self._write(attempt, again=True))
+            if self._ranks.is_main:
+                print(
+                    f"checkpoint written at the second attempt; the first failed: {first}", file=sys.stderr, flush=True
+                )
+            return written
+
+    def _write(self, attempt: Attempt, again: bool = False) -> dict[str, Any]:
+        name = attempt.file_name(self._ranks.rank)
+        url = f"{attempt.place}/{name}"
+        if again:
+            discard(url)
+        entry = self._writer.write(url, self._snapshot.handle, self._snapshot.size)
+        return {"name": name, "size": entry.size, "sha256": entry.sha256}
+
+    def _what_is_whole(self) -> str:
+        with contextlib.suppress(Exception):  # where it lies may be what has failed
+            whole = self._folder.latest()
+            return f"; {whole} is whole" if whole else ""
+        return ""
+
+    def _publish(self, attempt: Attempt, manifest: Manifest, written: list[dict[str, Any]]) -> None:
+        files = {item["name"]: StoredFile(size=item["size"], sha256=tuple(item["sha256"])) for item in written}
+        try:
+            self._folder.publish(attempt, manifest.model_copy(update={"files": files}))
+        except (OSError, Damaged) as error:
+            raise UserError(f"cannot write checkpoint {attempt.final}: {error}") from None
+        try:
+            self._folder.prune(self._keep)
+        except OSError as error:
+            raise UserError(f"cannot delete old checkpoints in {self._folder.root}: {error.strerror}") from None
+
+    def _on_main(self, action: Callable[[], T]) -> T | None:
+        return action() if self._ranks.is_main else None
+
+    def _agree(self, action: Callable[[], Any]) -> list[Any]:
+        """What ``action`` gave on each rank (plain JSON); an error of any rank is raised on all."""
+        return distributed.everyones(action, self._group)
+
+
+def _place_of_socket() -> Path:
+    """A private folder with a path that is short enough for a socket's. Raises `UserError`."""
+    for folder in (None, "/tmp"):  # noqa: S108 (mkdtemp's is private); that of TMPDIR may be too long for a socket
+        try:
+            place = tempfile.mkdtemp(prefix="lvdm-writer-", dir=folder)
+        except OSError as error:
+            raise UserError(f"cannot make a temporary folder: {error}; set TMPDIR to one that can be written") from None
+        if len(os.fsencode(place)) <= _LONGEST_PLACE:
+            break
+        os.rmdir(place)
+    return Path(place)
+
+
+def describe(
+    engines: Mapping[str, Engine],
     step: int,
     *,
     clock: dict[str, Any],
     facts: dict[str, Any],
+    scores: dict[str, float],
     config: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Write the checkpoint of ``step`` under ``root`` (collective). Complete or absent, whatever fails on the way.
+) -> Manifest:
+    """The manifest of this moment, without files; the arguments are fields of `Manifest`."""
+    one = next(iter(engines.values()))
+    return Manifest(
+        step=step,
+        clock=clock,
+        facts=facts,
+        scores=scores,
+        config=config,
+        written_by={
+            "ranks": one.ranks.world,
+            "zero_stage": one.stage,
+            "precision": one.precision,
+            "lvdm": lvdm.__version__,
+            "torch": torch.__version__,
+            "deepspeed": deepspeed.__version__,
+        },
+        networks={
+            name: Network(
+                optimizer_step=engine.optimizer_step, shapes=engine.shapes(), frozen=tuple(engine.frozen_names)
+            )
+            for name, engine in engines.items()
+        },
+        files={},
+    )
 
-    Args:
-        clock: state of the training loop, plain JSON.
-        facts: what users of the weights need beyond the config, plain JSON.
-        config: the resolved training config.
-        keep: newest checkpoints that stay; older ones are deleted after this one is verified.
-    Raises:
-        UserError: on all ranks, if any rank could not write; what was there before is untouched.
-    """
-    ranks = engine.ranks
-    partial, final = files.partial_folder(root, step)
-    if ranks.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    distributed.barrier()
-    tensors = {
-        files.piece_key(kind, fragment.start, fragment.name): tensor
-        for fragment in engine.fragments()
-        for kind, tensor in engine.tensors(fragment).items()
-    }
-    tensors |= {files.piece_key(files.FROZEN, 0, name): tensor.flatten() for name, tensor in engine.frozen().items()}
-    entries, message = None, ""
-    try:
-        entries = files.write_rank_file(partial, ranks.rank, tensors)
-    except UserError as error:
-        message = str(error)
-    gathered = distributed.gather_json({"entry": entries, "message": message}, ranks.device)
-    if ranks.is_main and any(item["message"] for item in gathered):
-        shutil.rmtree(partial, ignore_errors=True)
-    distributed.raise_first([item["message"] for item in gathered])
 
-    def publish() -> None:
-        if not ranks.is_main:
-            return
-        manifest = Manifest(
-            step=step,
-            optimizer_step=engine.optimizer_step,
-            clock=clock,
-            facts=facts,
-            config=config,
-            written_by={
-                "ranks": ranks.world,
-                "zero_stage": engine.stage,
-                "precision": engine.precision,
-                "lvdm": lvdm.__version__,
-                "torch": torch.__version__,
-                "deepspeed": deepspeed.__version__,
-            },
-            shapes=engine.shapes(),
-            frozen=engine.frozen_names,
-            files={item["entry"].pop("name"): item["entry"] for item in gathered},
-        )
+class Resumption:
+    """The newest checkpoint of a run, or the newest older one once something about it turns out to be damaged."""
+
+    def __init__(self, folder: CheckpointFolder, ranks: distributed.Ranks) -> None:
+        """Collective. Raises `UserError` if there are checkpoints, but none of them is whole."""
+        self._folder, self._ranks = folder, ranks
+        self._names = distributed.everyones(lambda: folder.names() if ranks.is_main else None, ranks.device)[0]
+        self.checkpoint: Checkpoint | None = None
+        """What the run goes on from; None where there has never been a checkpoint."""
+        self.faults: list[str] = []
+        """What is wrong with newer ones."""
+        if self._names:
+            self.attempt(lambda checkpoint: None)
+
+    def attempt(self, action: Callable[[Checkpoint], None]) -> None:
+        """Call ``action`` with the checkpoint, and where it raises `Damaged` on any rank, on all with the one before.
+
+        Raises:
+            UserError: there is none left.
+        """
+        while True:
+            faults = [fault for fault in distributed.everyones(lambda: self._try(action), self._ranks.device) if fault]
+            if not faults:
+                return
+            self.faults.append(faults[0])
+            self.checkpoint = None
+            self._folder.pass_over(self._names.pop(0))
+            if not self._names:
+                raise UserError(f"every checkpoint in {self._folder.root} is damaged: {'; '.join(self.faults)}")
+
+    def _try(self, action: Callable[[Checkpoint], None]) -> str:
         try:
-            files.publish(partial, final, manifest)
-            files.delete_old(root, keep)
-        except OSError as error:
-            raise UserError(f"cannot write checkpoint {final}: {error}") from None
-
-    distributed.together(publish, ranks.device)
-    return final
-
-
-def find_newest(root: Path, ranks: distributed.Ranks) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose every byte is right and the faults of newer ones; the ranks share the reading.
-
-    Raises:
-        UserError: there are checkpoints, but none of them is good.
-    """
-    names = distributed.gather_json([folder.name for folder in files.newest_first(root)], ranks.device)[0]
-    faults: list[str] = []
-    for name in names:
-        message, found = "", None
-        try:
-            found = Checkpoint(root / name)
-            found.verify(ranks.rank, ranks.world)
+            if self.checkpoint is None:
+                place = Near(self._ranks.rank, self._ranks.world)
+                self.checkpoint = Checkpoint(self._folder.location(self._names[0]), place)
+            action(self.checkpoint)
         except Damaged as fault:
-            message = str(fault)
-        messages = [m for m in distributed.gather_json(message, ranks.device) if m]
-        if found is not None and not messages:
-            return found, faults
-        faults.append(messages[0])
-    if faults:
-        raise UserError(f"every checkpoint in {root} is damaged: {'; '.join(faults)}")
-    return None, []
+            return str(fault)
+        return ""
 
 
-def restore_frozen(module: torch.nn.Module, checkpoint: Checkpoint) -> None:
+def restore_frozen(module: torch.nn.Module, checkpoint: Checkpoint, network: str = MODEL) -> None:
     """Load the parameters that do not learn, before an engine takes the module.
 
     Raises:
-        UserError: the checkpoint is of another model, or others of its parameters learnt.
+        Damaged: the checkpoint is.
+        UserError: it is of another model, or others of its parameters learnt.
     """
-    manifest, source = checkpoint.manifest, str(checkpoint.folder)
-    files.check_shapes(manifest.shapes, {name: tuple(p.shape) for name, p in module.named_parameters()}, source)
+    held, source = checkpoint.network(network), checkpoint.location
+    check_shapes(held.shapes, {name: tuple(p.shape) for name, p in module.named_parameters()}, source)
     frozen = {name for name, param in module.named_parameters() if not param.requires_grad}
-    if frozen != set(manifest.frozen):
+    if frozen != set(held.frozen):
         raise UserError(f"in {source} other parameters learnt than model.trainable says; start a new run")
     with torch.no_grad():
-        for name in manifest.frozen:
-            module.get_parameter(name).copy_(checkpoint.parameter(files.FROZEN, name))
+        for name in held.frozen:
+            module.get_parameter(name).copy_(checkpoint.parameter(FROZEN, name, network))
 
 
-def restore(engine: Engine, checkpoint: Checkpoint) -> None:
-    """Load masters, moments and averages into ``engine`` (collective), whatever ranks and stage wrote them.
+def restore(engines: Mapping[str, Engine], resumption: Resumption) -> Checkpoint:
+    """Load masters, moments and averages into ``engines`` (collective), whatever ranks and stage wrote them.
 
+    Returns:
+        The checkpoint that they are from.
     Raises:
-        UserError: the checkpoint lacks a part.
+        UserError: no checkpoint is whole, or it is of other networks.
     """
+    resumption.attempt(lambda checkpoint: _read_into(engines, checkpoint))
+    assert resumption.checkpoint is not None
+    resumption.checkpoint.close()
+    for name, engine in engines.items():
+        engine.restored(resumption.checkpoint.network(name).optimizer_step)
+    return resumption.checkpoint
 
-    def read() -> None:
-        for fragment in engine.fragments():
-            for kind, tensor in engine.tensors(fragment).items():
-                try:
-                    tensor.copy_(checkpoint.read(kind, fragment.name, fragment.start, fragment.length))
-                except Damaged as fault:
-                    raise UserError(str(fault)) from None
 
-    distributed.together(read, engine.ranks.device)
-    engine.restored(checkpoint.manifest.optimizer_step)
+def _read_into(engines: Mapping[str, Engine], checkpoint: Checkpoint) -> None:
+    if engines.keys() != checkpoint.manifest.networks.keys():
+        raise UserError(
+            f"{checkpoint.location} holds {', '.join(checkpoint.manifest.networks)}; this run trains "
+            f"{', '.join(engines)}"
+        )
+    for network, engine in engines.items():
+        check_shapes(checkpoint.network(network).shapes, engine.shapes(), checkpoint.location)
+        parts = [(fragment, engine.tensors(fragment)) for fragment in engine.fragments()]
+        for kind in KINDS:  # as they lie in the files
+            for fragment, tensors in parts:
+                target = tensors[kind]
+                read = target if target.device.type == "cpu" else torch.empty(fragment.length)
+                checkpoint.read(kind, fragment.name, fragment.start, read, network)
+                if read is not target:
+                    target.copy_(read)

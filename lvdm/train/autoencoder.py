@@ -29,6 +29,9 @@ class AutoencoderTask:
     of values in a frame (3 x H x W), so that the loss reads as an error per pixel; the minimum is the same.
     """
 
+    score = "-validation_ema/psnr"
+    """Validation that the best checkpoint goes by; with a minus sign in front, since more is better."""
+
     def __init__(self, config: AutoencoderTraining, device: torch.device, dtype: torch.dtype) -> None:
         """Raises `UserError` where clip and downsampling do not fit."""
         self.config = config

@@ -53,7 +53,7 @@ def _about_vae(config: LatentDiffusionTraining, one: EncodedSet, notes: list[str
     assert made is not None
     yield "vae.kind", config.vae.kind, made.kind
     if isinstance(config.vae, OwnVAE):
-        yield "weights of vae.folder (SHA-256)", kept_fingerprint(own_vae_weights(config.vae)), made.sha256
+        yield "weights of vae.folder (SHA-256)", kept_fingerprint(*own_vae_weights(config.vae)), made.sha256
         return
     try:
         yield f"weights of vae.name {config.vae.name} (SHA-256)", known_fingerprint(config.vae), made.sha256

@@ -40,6 +40,9 @@ class Encoded:
 class LatentDiffusionTask:
     """Model, frozen parts and loss. Latents come from shards, or from videos through the frozen VAE on the fly."""
 
+    score = "validation_ema/loss"
+    """Validation that the best checkpoint goes by."""
+
     def __init__(self, config: LatentDiffusionTraining, device: torch.device, dtype: torch.dtype) -> None:
         """Load what the config names. Raises `UserError` where parts do not fit each other."""
         self.config = config

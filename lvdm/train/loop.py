@@ -16,13 +16,16 @@ from typing import Any
 
 import torch
 
+from lvdm.checkpoint.folder import CheckpointFolder, Retention
+from lvdm.checkpoint.manifest import MODEL
+from lvdm.checkpoint.reader import Checkpoint
 from lvdm.config import AnyTraining, AutoencoderTraining, LatentDiffusionTraining, PreviewConfig
 from lvdm.data.batch import Replacement
 from lvdm.data.loader import Loader, build_loader, build_validation_loader
 from lvdm.engine import distributed, saving, signals
-from lvdm.engine.checkpoint import Checkpoint
 from lvdm.engine.distributed import Ranks, gather_json, gather_rows, on_any_rank, together
 from lvdm.engine.engine import Engine
+from lvdm.engine.memory_plan import plan_of
 from lvdm.engine.optim import learning_rate
 from lvdm.errors import Requeue, UserError
 from lvdm.models.build import parameter_count
@@ -30,8 +33,9 @@ from lvdm.models.remat import checkpoint_blocks
 from lvdm.models.trainable import freeze_all_but
 from lvdm.train.autoencoder import AutoencoderTask
 from lvdm.train.latent_diffusion import LatentDiffusionTask
-from lvdm.train.metrics import Means, MetricsWriter, memory_gb
+from lvdm.train.metrics import Means, MetricsWriter, drop_lines_after, memory_gb
 from lvdm.train.run_folder import RunFolder
+from lvdm.train.sample_log import SampleLog
 from lvdm.weights.native import load_into
 
 Task = AutoencoderTask | LatentDiffusionTask
@@ -60,7 +64,7 @@ def train(config: AnyTraining, stop: signals.StopRequest) -> None:
 
     Raises:
         UserError: bad input, on all ranks alike.
-        Requeue: a stop signal came; the run is saved and goes on with ``run.resume=auto``.
+        Requeue: a stop signal came and the run is saved, or another rank died; it goes on with ``run.resume=auto``.
     """
     run = RunFolder(config)
     changes = run.enter()
@@ -68,6 +72,11 @@ def train(config: AnyTraining, stop: signals.StopRequest) -> None:
     ranks = distributed.start(config.run.stall_timeout)
     try:
         _train(config, run, changes, ranks, stop)
+    except RuntimeError as error:
+        if not distributed.lost_a_rank(error):
+            raise
+        whole = CheckpointFolder(run.checkpoints).latest() or "no checkpoint"
+        raise Requeue(f"another rank died or hangs; {whole} is whole, go on with run.resume=auto") from error
     finally:
         signals.stop_watching()
         distributed.stop()
@@ -76,8 +85,14 @@ def train(config: AnyTraining, stop: signals.StopRequest) -> None:
 def _train(config: AnyTraining, run: RunFolder, changes: list[str], ranks: Ranks, stop: signals.StopRequest) -> None:
     began = time.perf_counter()
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-    found, faults = saving.find_newest(run.checkpoints, ranks)
-    task, taken = together(lambda: _build_task(config, ranks.device, dtype, found), ranks.device)
+    folder = CheckpointFolder(run.checkpoints)
+    origin = saving.Resumption(folder, ranks)
+    goes_on = origin.checkpoint is not None
+    if goes_on and config.run.resume == "never":
+        raise UserError(f"{run.checkpoints} holds checkpoints already; go on with run.resume=auto or choose another")
+    task, taken = together(lambda: _build_task(config, ranks.device, dtype, new=not goes_on), ranks.device)
+    if goes_on:
+        origin.attempt(lambda checkpoint: _take_over(run, task, checkpoint))
     size = f"{parameter_count(task.model) / 1e6:.2f} M parameters"
     if config.model.trainable:
         size += f", of which {parameter_count(task.model, learning=True) / 1e6:.2f} M learn"
@@ -86,21 +101,22 @@ def _train(config: AnyTraining, run: RunFolder, changes: list[str], ranks: Ranks
     engine = Engine(task.model.to(ranks.device), config.engine, config.batch, config.optim, ranks)
 
     clock = Clock()
-    if found is not None:
-        saving.restore(engine, found)
-        # before there were buckets, steps took what the clock counts
-        clock = Clock(**({"taken": found.manifest.clock["samples"]} | found.manifest.clock))
+    if goes_on:
+        clock = _clock_of(saving.restore({MODEL: engine}, origin))
     elif config.run.resume == "must":
         raise UserError(f"run.resume=must, but {run.checkpoints} holds no checkpoint")
     loader = together(lambda: _open_loader(config, ranks, clock), ranks.device)
     batches = iter(loader)
     held_out = together(lambda: _open_held_out(config, ranks), ranks.device)
+    keep = Retention(config.run.keep, config.run.keep_every, config.run.keep_best, task.score)
 
     if ranks.is_main:
         run.claim(ranks.world)
-        notes = [f"damaged checkpoint passed over: {fault}" for fault in faults]
+        if run.replaced.is_file():
+            drop_lines_after(run.replaced, clock.step)
+        notes = [f"damaged checkpoint passed over: {fault}" for fault in origin.faults]
         notes += [f"changed on resume: {change}" for change in changes]
-        _announce(config, run, size, ranks, clock, [*notes, *taken, *loader.notes])
+        _announce(config, run, size, ranks, clock, [*notes, *taken, *loader.notes, str(plan_of(engine))])
     writer = MetricsWriter(
         run.log, run.tensorboard, run.images, run.samples, enabled=ranks.is_main, from_step=clock.step
     )
@@ -111,66 +127,67 @@ def _train(config: AnyTraining, run: RunFolder, changes: list[str], ranks: Ranks
     replaced: list[Replacement] = []
     stopping = False
 
-    while clock.step < config.run.steps:
-        lr = learning_rate(config.optim, clock.samples, config.run.steps * config.batch.size)
-        for _ in range(engine.accumulation):
-            batch = speed.wait_for(batches)
-            loss, report = task.loss(engine, batch)
-            engine.backward(loss)
-            result = engine.step(lr)
-            means.add(report)
-            clock.taken += len(batch) * ranks.world
-            replaced += batch.replaced
-        clock.step += 1
-        clock.samples += config.batch.size
-        if not result.applied:
-            clock.skipped_steps.append(clock.step)
-        signals.expect_progress_within(config.run.stall_timeout)
+    seen = SampleLog(run.seen, ranks, clock.step) if config.run.log_samples else None
+    with contextlib.closing(saving.Saver(folder, {MODEL: engine}, keep, ranks)) as saver:
+        while clock.step < config.run.steps:
+            lr = learning_rate(config.optim, clock.samples, config.run.steps * config.batch.size)
+            for _ in range(engine.accumulation):
+                batch = speed.wait_for(batches)
+                if seen is not None:
+                    seen.add(clock.step + 1, batch)
+                loss, report = task.loss(engine, batch)
+                engine.backward(loss)
+                result = engine.step(lr)
+                means.add(report)
+                clock.taken += len(batch) * ranks.world
+                replaced += batch.replaced
+            clock.step += 1
+            clock.samples += config.batch.size
+            if not result.applied:
+                clock.skipped_steps.append(clock.step)
+            signals.expect_progress_within(config.run.stall_timeout)
 
-        last = clock.step == config.run.steps
-        saving_now = last or clock.step % config.run.save_every == 0
-        if saving_now or clock.step % config.run.log_every == 0:
-            values = means.reduce()
-            clock.replaced += _list_replaced(run, replaced, ranks)
-            values |= speed.report(clock.step, clock.taken, steps=config.run.steps)
-            values |= {"lr": lr, "grad_norm": result.grad_norm, "memory_gb": memory_gb(ranks.device)}
-            values |= {"skipped_steps": len(clock.skipped_steps), "replaced": clock.replaced}
-            writer.scalars(clock.step, values)
-            if ranks.is_main:
-                _print_line(clock.step, config.run.steps, values)
-            _check_bad_fraction(config, run, clock)
-            stopping = on_any_rank(stop.received, ranks.device)
-        if held_out is not None and (last or clock.step % config.validation.every == 0):
-            with speed.paused("validation"):
-                _validate(task, engine, held_out, writer, clock.step)
-        if preview is not None and (last or clock.step % preview.every == 0):
-            with speed.paused("preview"):
-                assert isinstance(task, LatentDiffusionTask)
-                _preview(preview, task, engine, writer, clock.step)
-        if saving_now or stopping:
-            with speed.paused("saving"):
-                clock.data = loader.state(gather_json(loader.take_finished(), ranks.device))
-                saving.save(
-                    run.checkpoints,
-                    engine,
-                    clock.step,
-                    clock=asdict(clock),
-                    facts=task.facts(),
-                    config=config.model_dump(mode="json"),
-                    keep=config.run.keep,
-                )
-        if stopping or last:
-            writer.scalars(clock.step, speed.spent())
-        if stopping and not last:
-            writer.close()
-            raise Requeue(f"asked to, after step {clock.step}; everything is saved, go on with run.resume=auto")
+            last = clock.step == config.run.steps
+            saving_now = last or clock.step % config.run.save_every == 0
+            if saving_now or clock.step % config.run.log_every == 0:
+                values = means.reduce()
+                clock.replaced += _list_replaced(run, clock.step, replaced, ranks)
+                values |= speed.report(clock.step, clock.taken, steps=config.run.steps)
+                values |= {"lr": lr, "grad_norm": result.grad_norm, "memory_gb": memory_gb(ranks.device)}
+                values |= {"skipped_steps": len(clock.skipped_steps), "replaced": clock.replaced}
+                writer.scalars(clock.step, values)
+                if ranks.is_main:
+                    _print_line(clock.step, config.run.steps, values)
+                _check_bad_fraction(config, run, clock)
+                stopping, failed = on_any_rank([stop.received, saver.failed], ranks.device)
+                if failed:
+                    saver.wait()
+            scores: dict[str, float] = {}
+            if held_out is not None and (last or clock.step % config.validation.every == 0):
+                with speed.paused("validation"):
+                    scores = _validate(task, engine, held_out, writer, clock.step)
+            if preview is not None and (last or clock.step % preview.every == 0):
+                with speed.paused("preview"):
+                    assert isinstance(task, LatentDiffusionTask)
+                    _preview(preview, task, engine, writer, clock.step)
+            if saving_now or stopping:
+                with speed.paused("saving"):
+                    signals.expect_progress_within(config.run.stall_timeout + saver.patience)
+                    clock.data = loader.state(gather_json(loader.take_finished(), ranks.device))
+                    state = {"clock": asdict(clock), "facts": task.facts(), "config": config.model_dump(mode="json")}
+                    saver.save(saving.describe({MODEL: engine}, clock.step, scores=scores, **state))
+                    if stopping or last:
+                        saver.wait()
+            if stopping or last:
+                writer.scalars(clock.step, speed.spent())
+            if stopping and not last:
+                writer.close()
+                raise Requeue(f"asked to, after step {clock.step}; everything is saved, go on with run.resume=auto")
     writer.close()
 
 
-def _build_task(
-    config: AnyTraining, device: torch.device, dtype: torch.dtype, found: Checkpoint | None
-) -> tuple[Task, list[str]]:
-    """The task with the weights it starts from, those that learn left to `saving.restore`, and what to say of it."""
+def _build_task(config: AnyTraining, device: torch.device, dtype: torch.dtype, new: bool) -> tuple[Task, list[str]]:
+    """The task, of a new run with the weights it starts from, and what to say of it."""
     task: Task
     match config:
         case AutoencoderTraining():
@@ -179,14 +196,28 @@ def _build_task(
             task = LatentDiffusionTask(config, device, dtype)
     freeze_all_but(task.model, config.model.trainable)
     notes = task.notes if isinstance(task, LatentDiffusionTask) else []
-    if found is not None:
-        if isinstance(task, LatentDiffusionTask):
-            task.check_facts(found.manifest.facts)
-        saving.restore_frozen(task.model, found)
-        return task, notes
-    if not config.run.init_from:
-        return task, notes
-    return task, [*notes, *load_into(task.model, config.run.init_from, strict=config.run.init_strict)]
+    if new and config.run.init_from:
+        notes = [*notes, *load_into(task.model, config.run.init_from, strict=config.run.init_strict)]
+    return task, notes
+
+
+def _take_over(run: RunFolder, task: Task, checkpoint: Checkpoint) -> None:
+    """Check that ``checkpoint`` is of this run, and load what does not learn; the rest is `saving.restore`'s."""
+    run.changes_from(checkpoint.manifest.config, source=checkpoint.location)
+    if isinstance(task, LatentDiffusionTask):
+        task.check_facts(checkpoint.manifest.facts)
+    saving.restore_frozen(task.model, checkpoint)
+
+
+def _clock_of(checkpoint: Checkpoint) -> Clock:
+    """The clock of a checkpoint. Raises `UserError` if it has fields that this version of lvdm does not know."""
+    unknown = checkpoint.manifest.clock.keys() - asdict(Clock()).keys()
+    if unknown:
+        raise UserError(
+            f"{checkpoint.location} was written by lvdm {checkpoint.manifest.written_by.get('lvdm')}, whose clock has "
+            f"{', '.join(sorted(unknown))}; go on with that version, or start a new run from its exported weights"
+        )
+    return Clock(**checkpoint.manifest.clock)
 
 
 def _open_loader(config: AnyTraining, ranks: Ranks, clock: Clock) -> Loader:
@@ -218,8 +249,8 @@ def _open_held_out(config: AnyTraining, ranks: Ranks) -> Loader | None:
     )
 
 
-def _validate(task: Task, engine: Engine, held_out: Loader, writer: MetricsWriter, step: int) -> None:
-    """Validate with the live and with the averaged weights; the picture shows the averaged ones."""
+def _validate(task: Task, engine: Engine, held_out: Loader, writer: MetricsWriter, step: int) -> dict[str, float]:
+    """What validation gives with the live and with the averaged weights; the picture shows the averaged ones."""
 
     def run() -> tuple[dict[str, float], Any]:
         means = Means(engine.ranks.device)
@@ -239,6 +270,7 @@ def _validate(task: Task, engine: Engine, held_out: Loader, writer: MetricsWrite
     if engine.ranks.is_main:
         shown = "  ".join(f"{name} {live[name]:.4f} (EMA {averaged[name]:.4f})" for name in live if "/" not in name)
         print(f"validation at step {step}: {shown}", flush=True)
+    return values
 
 
 def _preview(
@@ -262,15 +294,16 @@ def _check_bad_fraction(config: AnyTraining, run: RunFolder, clock: Clock) -> No
         )
 
 
-def _list_replaced(run: RunFolder, replaced: list[Replacement], ranks: Ranks) -> int:
-    """Append the samples that were replaced on any rank since the last call to the run's list, and count them
-    (collective)."""
+def _list_replaced(run: RunFolder, step: int, replaced: list[Replacement], ranks: Ranks) -> int:
+    """Append the samples that were replaced on any rank up to ``step`` and since the last call to the run's list, and
+    count them (collective)."""
     gathered = gather_json([asdict(item) for item in replaced], ranks.device)
     replaced.clear()
     lines = [item for items in gathered for item in items]
     if ranks.is_main and lines:
         with run.replaced.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(item) + "\n" for item in sorted(lines, key=lambda item: item["position"]))
+            for item in sorted(lines, key=lambda item: item["position"]):
+                file.write(json.dumps({"step": step} | item) + "\n")
     return len(lines)
 
 

@@ -57,8 +57,7 @@ class MetricsWriter:
         self._tensorboard = SummaryWriter(str(tensorboard), purge_step=from_step + 1) if enabled else None
         if enabled:
             if log.exists():
-                kept = [line for line in log.read_text().splitlines() if _step_of(line) <= from_step]
-                write_text(log, "".join(line + "\n" for line in kept))
+                drop_lines_after(log, from_step)
             self._log = log.open("a", encoding="utf-8")
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
@@ -114,6 +113,12 @@ def memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def drop_lines_after(log: Path, step: int) -> None:
+    """Keep the JSON lines of a file whose ``step`` is at most this one."""
+    kept = [line for line in log.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+    write_text(log, "".join(line + "\n" for line in kept))
 
 
 def _step_of(line: str) -> int:

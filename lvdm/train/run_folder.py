@@ -4,6 +4,7 @@ config.yaml          the resolved config of the last start
 environment.json     versions, git state, command and ranks of the last start
 log.jsonl            one line per log step
 replaced.jsonl       samples that others stand in for, with the reason
+seen/                samples of every step, if run.log_samples
 tensorboard/  images/  samples/  checkpoints/
 """
 
@@ -34,9 +35,10 @@ class RunFolder:
     def __init__(self, config: AnyTraining) -> None:
         self.config = config
         self.path = Path(config.run.folder)
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints = config.run.checkpoints or str(self.path / "checkpoints")
         self.log = self.path / "log.jsonl"
         self.replaced = self.path / "replaced.jsonl"
+        self.seen = self.path / "seen"
         self.images = self.path / "images"
         self.samples = self.path / "samples"
         self.tensorboard = self.path / "tensorboard"
@@ -51,14 +53,22 @@ class RunFolder:
         """
         resume, held = self.config.run.resume, self.path / "config.yaml"
         if not held.is_file():
-            if resume == "must":
+            if resume == "must" and not self.config.run.checkpoints:
                 raise UserError(f"run.resume=must, but {self.path} holds no run")
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if self.path.is_dir() and any(not path.name.startswith(".") for path in self.path.iterdir()):
                 raise UserError(f"run.folder {self.path} is not empty and holds no run; choose another folder")
             return []
         if resume == "never":
             raise UserError(f"run.folder {self.path} already holds a run; go on with run.resume=auto or choose another")
-        old = _flatten(parse_training_config(read_tree(held), source=str(held)).model_dump(mode="json"))
+        return self.changes_from(read_tree(held), source=str(held))
+
+    def changes_from(self, tree: dict[str, Any], source: str) -> list[str]:
+        """Changes against the config ``tree`` of ``source``, the run so far, as ``path: old -> new``.
+
+        Raises:
+            UserError: one is not allowed.
+        """
+        old = _flatten(parse_training_config(tree, source=source).model_dump(mode="json"))
         new = _flatten(self.config.model_dump(mode="json"))
         changes = {
             key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
@@ -66,16 +76,18 @@ class RunFolder:
         refused = [key for key in changes if any(key == f or key.startswith(f + ".") for f in _FIXED)]
         if refused:
             listed = "; ".join(f"{key}: {changes[key][0]} -> {changes[key][1]}" for key in refused)
-            raise UserError(f"{self.path} cannot go on with a changed {listed}; start a new run.folder")
+            raise UserError(
+                f"{self.path} cannot go on with a changed {listed} (so far by {source}); start a new run.folder"
+            )
         return [f"{key}: {before} -> {after}" for key, (before, after) in changes.items()]
 
     def claim(self, ranks: int) -> None:
         """Write the config and the environment of this start (main rank only)."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self.images.mkdir(exist_ok=True)
+        write_text(self.path / "config.yaml", dump_yaml(self.config))  # first: it makes the folder a run's
         environment = {"command": sys.argv, "ranks": ranks} | describe_environment()
         write_text(self.path / "environment.json", json.dumps(environment, indent=1) + "\n")
-        write_text(self.path / "config.yaml", dump_yaml(self.config))
+        self.images.mkdir(exist_ok=True)
 
 
 def describe_environment() -> dict[str, Any]:

@@ -8,7 +8,6 @@ import os
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -175,29 +174,6 @@ def test_a_sample_that_kills_loader_processes_is_listed_as_bad(
     ]
     assert (done.samples, done.given_up) == (9, {})
     assert leftovers(tmp_path / "latents") == []
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """A file system of its own, mounted with options; again with others to change them."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = False
-
-    def mount(options: str) -> Path:
-        nonlocal mounted
-        how = [*(["remount"] if mounted else []), options]
-        made = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", ",".join(how), "none", folder], capture_output=True, text=True
-        )
-        if made.returncode:
-            pytest.skip(f"file systems cannot be mounted here: {made.stderr.strip()}")
-        mounted = True
-        return folder
-
-    yield mount
-    if mounted:
-        subprocess.run(["umount", folder], check=True)
 
 
 def test_a_full_disk_is_one_line_and_the_job_goes_on_when_there_is_place(

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import torch
 
+from lvdm.checkpoint.folder import CheckpointFolder, open_checkpoint
 from lvdm.config import LatentDiffusionTraining, parse_training_config
 from lvdm.engine import distributed, saving
-from lvdm.engine.checkpoint import open_checkpoint
 from lvdm.engine.engine import Engine
 from lvdm.engine.signals import StopRequest
 from lvdm.train.latent_diffusion import LatentDiffusionTask
@@ -23,8 +25,14 @@ from lvdm.train.run_folder import RunFolder
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 
 
-def run(tree: dict[str, Any]) -> str:
-    """Train a config tree on this rank, as ``launch/train.py`` does; what it printed."""
+def run(tree: dict[str, Any], s3: dict[str, str] | None = None) -> str:
+    """Train a config tree on this rank, as ``launch/train.py`` does; what it printed.
+
+    Args:
+        s3: settings of a store, which go where users have them: into the environment.
+    """
+    os.environ.update({f"FSSPEC_S3_{name.upper()}": value for name, value in (s3 or {}).items()})
+    fsspec.config.set_conf_env(fsspec.config.conf)
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         train(parse_training_config(tree, source="test"), StopRequest())
@@ -34,7 +42,9 @@ def run(tree: dict[str, Any]) -> str:
 def state_of(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a run's newest checkpoint, whole, by kind and name."""
     checkpoint = open_checkpoint(folder)
-    return {f"{kind} {name}": checkpoint.parameter(kind, name) for kind in KINDS for name in checkpoint.manifest.shapes}
+    return {
+        f"{kind} {name}": checkpoint.parameter(kind, name) for kind in KINDS for name in checkpoint.network().shapes
+    }
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
@@ -47,6 +57,15 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
         assert not twice, f"step {values['step']} has {sorted(twice)} twice"
         known |= values
     return list(steps.values())
+
+
+def samples_of(folder: Path) -> dict[int, list[tuple[int, int]]]:
+    """Position and checksum of the samples that each step took, on all ranks together, in the order of positions."""
+    steps: dict[int, list[tuple[int, int]]] = {}
+    for file in (folder / "seen").glob("rank-*.jsonl"):
+        for line in map(json.loads, file.read_text().splitlines()):
+            steps.setdefault(line["step"], []).extend(zip(line["positions"], line["crc32"], strict=True))
+    return {step: sorted(samples) for step, samples in sorted(steps.items())}
 
 
 def losses_of(folder: Path) -> list[float]:
@@ -62,9 +81,7 @@ def averaged_output(tree: dict[str, Any]) -> torch.Tensor:
     try:
         task = LatentDiffusionTask(config, ranks.device, torch.float32)
         engine = Engine(task.model, config.engine, config.batch, config.optim, ranks)
-        found, _ = saving.find_newest(RunFolder(config).checkpoints, ranks)
-        assert found is not None
-        saving.restore(engine, found)
+        saving.restore({"model": engine}, saving.Resumption(CheckpointFolder(RunFolder(config).checkpoints), ranks))
         with engine.averaged_weights(), engine.evaluating():
             return engine(*probe(task.latent_shape, config.model.context_dim))
     finally:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from lvdm.checkpoint.folder import open_checkpoint
 from lvdm.config import LatentDiffusionTraining, parse_training_config
 from lvdm.data.batch import LatentBatch, VideoBatch
 from lvdm.data.build_index import build_index
@@ -19,7 +20,6 @@ from lvdm.data.latent_sets import open_latent_sets
 from lvdm.data.latents import LatentSetInfo, LatentVAE, read_latent_set, write_latent_set
 from lvdm.data.loader import build_loader
 from lvdm.data.writer import ShardSample, write_shard
-from lvdm.engine.checkpoint import open_checkpoint
 from lvdm.errors import UserError
 from lvdm.inference import load
 from lvdm.jobs.encode_latents import Settings, encode_folder

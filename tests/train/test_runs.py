@@ -14,11 +14,11 @@ import pytest
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from lvdm.checkpoint.folder import open_checkpoint
 from lvdm.config import parse_training_config
 from lvdm.data.build_index import build_index
 from lvdm.data.loader import build_loader
 from lvdm.data.writer import ShardSample, write_shard
-from lvdm.engine.checkpoint import open_checkpoint
 from lvdm.inference import load
 from lvdm.jobs.export import export_checkpoint
 from lvdm.synthetic import caption, combinations, render

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lvdm.checkpoint.folder import open_checkpoint
 from lvdm.config import parse_training_config
-from lvdm.engine.checkpoint import open_checkpoint
 from lvdm.models.build import build_model
 from lvdm.weights.native import save_model
 from tests.conftest import Toy
@@ -34,7 +34,7 @@ def test_frozen_parameters_stay_and_travel_with_checkpoints_and_exports(toy: Toy
         run_ranks(run, world, toy.diffusion(resumed, run__steps=steps, engine__zero_stage=stage, **changes))
     assert losses_of(resumed) == pytest.approx(losses_of(straight), rel=1e-5)
     before, after, other = model.state_dict(), open_checkpoint(straight), open_checkpoint(resumed)
-    learnt = [name for name in before if name not in after.manifest.frozen]
+    learnt = [name for name in before if name not in after.network().frozen]
     assert learnt == [name for name in before if "attn_time" in name or "norm_time" in name]
     for name in before:
         unchanged = torch.equal(after.parameter("master", name), before[name])
