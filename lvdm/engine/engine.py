@@ -42,10 +42,11 @@ class Engine:
         self.stage, self.precision = config.zero_stage, config.precision
         self.dtype = torch.bfloat16 if on_bf16 else torch.float32
         self.accumulation = accumulation_steps(batch, ranks.world)
-        self.record = deepspeed_config(config, batch, optim, ranks.world, on_gpu)
+        learning = [param for param in module.parameters() if param.requires_grad]
+        elements = sum(param.numel() for param in learning)
+        self.record = deepspeed_config(config, batch, optim, ranks.world, on_gpu, elements)
         # DeepSpeed makes its fp32 masters from weights it has already rounded to bf16; these are put back below.
         exact = {name: p.detach().clone() for name, p in module.named_parameters()} if on_bf16 else {}
-        learning = [param for param in module.parameters() if param.requires_grad]
         self.frozen_names = [name for name, param in module.named_parameters() if not param.requires_grad]
         """Parameters that do not learn."""
         # Kept aside on the rank that stores them, since ZeRO-3 will cut them up.

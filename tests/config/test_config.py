@@ -130,9 +130,10 @@ def test_full_size_config_is_lvdm_text_to_video_for_8_gpus() -> None:
     config = load_training_config(ROOT / "configs/t2v_256.yaml")
     assert isinstance(config, LatentDiffusionTraining)
     with torch.device("meta"):
-        assert parameter_count(build_model(config.model, seed=0)) == 958_924_964
+        size = parameter_count(build_model(config.model, seed=0))
+    assert size == 958_924_964
     assert accumulation_steps(config.batch, world=8) >= 1
-    derived = deepspeed_config(config.engine, config.batch, config.optim, world=8, on_gpu=True)
+    derived = deepspeed_config(config.engine, config.batch, config.optim, world=8, on_gpu=True, learning=size)
     assert derived["bf16"]["enabled"] is True
     assert derived["zero_optimization"]["stage"] == 2
     assert derived["zero_optimization"]["overlap_comm"] is True
