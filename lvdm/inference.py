@@ -43,7 +43,7 @@ from lvdm.models.frozen import (
 )
 from lvdm.models.video_autoencoder import VideoAutoencoder
 from lvdm.storage import local_folder, sha256_of
-from lvdm.weights.native import load_into, read_model
+from lvdm.weights.native import CONFIG_FILE, load_into, read_model, weight_files
 
 VAE_FOLDER = "vae"
 """Where an export carries its own autoencoder."""
@@ -68,12 +68,13 @@ def float_to_frames(frames_BCTHW: torch.Tensor) -> torch.Tensor:
     return ((frames_BCTHW.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1)
 
 
-def own_vae_weights(config: OwnVAE) -> Path:
-    """The weights file of an exported autoencoder. Raises `UserError` if there is none."""
-    path = Path(config.folder) / "model.safetensors"
-    if not path.is_file():
-        raise UserError(f"vae.folder {config.folder} holds no exported autoencoder (model.safetensors is missing)")
-    return path
+def own_vae_weights(config: OwnVAE) -> list[Path]:
+    """The weights files of an exported autoencoder. Raises `UserError` if there are none."""
+    files = weight_files(config.folder)
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"vae.folder {config.folder} holds no exported autoencoder ({file.name} is missing)")
+    return files
 
 
 def read_scaling(
@@ -148,7 +149,7 @@ def _load_own_vae(
     assert isinstance(model, VideoAutoencoder)
     load_into(model, config.folder)
     scale, shift = scaling
-    return OwnFrozenVAE(model.to(device, dtype), scale=scale, shift=shift, fingerprint=sha256_of(weights))
+    return OwnFrozenVAE(model.to(device, dtype), scale=scale, shift=shift, fingerprint=sha256_of(*weights))
 
 
 class VideoModel:
@@ -290,7 +291,7 @@ def _load(folder: Path, device: str | torch.device, dtype: torch.dtype) -> Video
         )
     config = parse_training_config(tree["training"], source=str(folder))
     assert isinstance(config, LatentDiffusionTraining)
-    facts = tree["facts"]
+    latent_shape, scaling = _facts_of(folder, tree)
     network = build_model(parse_config(_UNETS[kind], tree["model"], source=str(folder)), seed=0)
     load_into(network, folder)
     if config.given is not None:
@@ -304,7 +305,20 @@ def _load(folder: Path, device: str | torch.device, dtype: torch.dtype) -> Video
         vae_config = vae_config.model_copy(update=place)
     if text_config is not None and (folder / TEXT_FOLDER).is_dir():
         text_config = text_config.model_copy(update={"name": str(folder), "subfolder": TEXT_FOLDER})
-    vae = load_vae(vae_config, where, dtype, scaling=scaling_from(facts))
+    vae = load_vae(vae_config, where, dtype, scaling=scaling)
     text = load_text_encoder(text_config, where, dtype) if text_config else None
     network.to(where, dtype).eval()
-    return VideoModel(config, network, vae, text, tuple(facts["latent_shape"]), where, dtype)
+    return VideoModel(config, network, vae, text, latent_shape, where, dtype)
+
+
+def _facts_of(folder: Path, document: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[Scaling, Scaling]]:
+    """Shape of the latents, and their scale and shift. Raises `UserError` where an export does not tell."""
+    try:
+        facts = document["facts"]
+        channels, frames, height, width = map(int, facts["latent_shape"])
+        return (channels, frames, height, width), scaling_from(facts)
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{folder / CONFIG_FILE} does not say of which shape, scale and shift the latents are (facts); let "
+            f"training go on from its checkpoint until the next one, which knows, and export that"
+        ) from None

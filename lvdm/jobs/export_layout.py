@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-import torch
-
+from lvdm.checkpoint.reader import Checkpoint
 from lvdm.config import DiffusionConfig, parse_config
 from lvdm.diffusion.schedules import build_schedule
-from lvdm.engine.checkpoint import Checkpoint, Damaged, open_checkpoint
 from lvdm.errors import UserError
 from lvdm.inference import TEXT_FOLDER, VAE_FOLDER
+from lvdm.jobs.export import check_target, provenance
+from lvdm.jobs.export_source import NEWEST, Choice, exported_folder, lazy_weights, watched, with_checkpoints
 from lvdm.jobs.import_checkpoint import REST_FILE
 from lvdm.models.frozen import find_model, weight_files
 from lvdm.storage import atomic_file, read_json
 from lvdm.weights.conversion import LazyTensor, Mismatch, Source
 from lvdm.weights.layouts import LAYOUTS
+from lvdm.weights.lvdm_release import ClipLayout
 from lvdm.weights.native import CONFIG_FILE, Weights, read_model
 from lvdm.weights.torch_file import write_torch_file
+
+T = TypeVar("T")
 
 
 class Exportable(NamedTuple):
@@ -39,22 +42,45 @@ class Exportable(NamedTuple):
     """Optimiser steps that were averaged."""
 
 
-def open_source(source: Path) -> Exportable:
-    """A run's newest checkpoint, or an exported folder. Raises `UserError`."""
-    if (source / CONFIG_FILE).is_file():
-        document, weights = read_model(source)
+def with_source(
+    source: str | Path,
+    choice: Choice,
+    action: Callable[[Exportable], T],
+    note: Callable[[str], None] | None = None,
+) -> T:
+    """What ``action`` gives for the checkpoints of a source, as `with_checkpoints` does, or for an exported folder.
+
+    Raises:
+        UserError: as `with_checkpoints`, or checkpoints are chosen of an exported folder, or live weights of one that
+            holds averaged ones.
+    """
+    if (exported := exported_folder(source)) is not None:
+        if choice.average != 1 or choice.also or choice.best:
+            raise UserError(f"{source} is an exported folder; --average, --also and --best take checkpoints")
+        document, weights = read_model(exported)
+        if choice.weights == "live" and document.get("weights") != "live":
+            raise UserError(f"{source} holds averaged weights alone; export the live ones of a run or a checkpoint")
         main, origin = Source(document["model"], _lazy(weights)), document.get("provenance") or {}
-        return Exportable(main, None, document.get("training") or {}, document.get("facts") or {}, origin, 0)
-    checkpoint = open_checkpoint(source)
-    manifest = checkpoint.manifest
-    model = manifest.config["model"]
-    main, live = (Source(model, _fragments(checkpoint, kind)) for kind in ("ema", "master"))
-    origin = {"checkpoint": str(checkpoint.folder), "step": manifest.step, "written_by": manifest.written_by}
-    return Exportable(main, live, manifest.config, manifest.facts, origin, manifest.step)
+        return action(Exportable(main, None, document.get("training") or {}, document.get("facts") or {}, origin, 0))
+
+    def opened(checkpoints: list[Checkpoint]) -> T:
+        manifest = checkpoints[0].manifest
+        main, live = (Source(manifest.config["model"], lazy_weights(checkpoints, kind)) for kind in ("ema", "master"))
+        origin = provenance(checkpoints)
+        return action(Exportable(main, live, manifest.config, manifest.facts, origin, manifest.step))
+
+    return with_checkpoints(source, choice, opened, note)
 
 
 def export_layout(
-    source: Path, target: Path, layout: str, progress: Callable[[int, int], None] | None = None
+    source: str | Path,
+    target: Path,
+    layout: str,
+    choice: Choice = NEWEST,
+    *,
+    verify: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> dict[str, LazyTensor]:
     """Write a run's newest checkpoint or an exported folder as ``torch.save`` would its ``state_dict``.
 
@@ -62,7 +88,10 @@ def export_layout(
         source: run, checkpoint, or folder that `export_checkpoint` or `import_checkpoint` wrote.
         target: new ``.ckpt`` file.
         layout: a name of `lvdm.weights.layouts.LAYOUTS`.
-        progress: called with (tensors done, tensors in all).
+        choice: which checkpoints, and which weights where the layout has a place for one kind.
+        verify: read the file again and compare every tensor.
+        progress: called with (bytes done, bytes in all).
+        note: called with what the user should know.
     Returns:
         The tensors written, unread.
     Raises:
@@ -70,13 +99,30 @@ def export_layout(
     """
     if layout not in LAYOUTS:
         raise UserError(f"--layout {layout} is none of {', '.join(LAYOUTS)}")
-    if target.exists():
-        raise UserError(f"{target} already exists; name another file or remove it first")
-    rest: dict[str, LazyTensor] = {}
-    ours = open_source(source)
-    if (source / REST_FILE).is_file() and ours.provenance.get("layout") == layout:
-        rest = _lazy(Weights(source / REST_FILE))
-    frozen = {name: _read(folder) for name, folder in frozen_folders(source, ours.training).items()}
+    if choice.weights == "live" and isinstance(LAYOUTS[layout], ClipLayout):
+        raise UserError(f"--layout {layout} has both the averaged and the live weights; leave --weights out")
+    check_target(target, "file")
+
+    def write(ours: Exportable) -> dict[str, LazyTensor]:
+        if choice.weights == "live" and ours.live:
+            ours = ours._replace(main=ours.live)
+        tensors = _tensors(source, ours, layout)
+        try:
+            with atomic_file(str(target)) as temporary:
+                write_torch_file(temporary, watched(tensors, progress, passes=1 + verify), verify)
+        except OSError as error:
+            raise UserError(f"cannot write {target}: {error.strerror}") from None
+        return tensors
+
+    return with_source(source, choice, write, note)
+
+
+def _tensors(source: str | Path, ours: Exportable, layout: str) -> dict[str, LazyTensor]:
+    """Every tensor of the file. Raises `UserError` where the model does not fit the layout."""
+    exported, rest = exported_folder(source), dict[str, LazyTensor]()
+    if exported and (exported / REST_FILE).is_file() and ours.provenance.get("layout") == layout:
+        rest = _lazy(Weights(exported / REST_FILE))
+    frozen = {name: _read(folder) for name, folder in frozen_folders(exported, ours.training).items()}
     diffusion = parse_config(DiffusionConfig, ours.training.get("diffusion", {}), source=str(source))
     facts = {
         "tables": build_schedule(diffusion).tables(),
@@ -84,17 +130,9 @@ def export_layout(
         "updates": ours.updates,
     }
     try:
-        tensors = LAYOUTS[layout].from_ours({"": ours.main, **frozen}, ours.live, rest, facts)
+        return LAYOUTS[layout].from_ours({"": ours.main, **frozen}, ours.live, rest, facts)
     except Mismatch as fault:
         raise UserError(f"cannot export {source} as {layout}: {fault}") from None
-    try:
-        with atomic_file(str(target)) as temporary:
-            write_torch_file(temporary, _watched(tensors, progress) if progress else tensors)
-    except Damaged as fault:
-        raise UserError(f"checkpoint is damaged: {fault}") from None
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror}") from None
-    return tensors
 
 
 def _lazy(weights: Weights) -> dict[str, LazyTensor]:
@@ -105,25 +143,22 @@ def _lazy(weights: Weights) -> dict[str, LazyTensor]:
     }
 
 
-def _fragments(checkpoint: Checkpoint, kind: str) -> dict[str, LazyTensor]:
-    return {
-        name: LazyTensor(tuple(shape), torch.float32, lambda name=name: checkpoint.parameter(kind, name))  # type: ignore[misc]
-        for name, shape in checkpoint.manifest.shapes.items()
-    }
+def frozen_folders(exported: Path | None, training: Mapping[str, Any]) -> dict[str, Path]:
+    """The frozen models: those in the exported folder, or else those that the training config names.
 
-
-def frozen_folders(source: Path, training: Mapping[str, Any]) -> dict[str, Path]:
-    """The frozen models: those in the folder, or else those that the training config names. Raises `UserError`."""
+    Raises:
+        UserError: one cannot be had.
+    """
     found = {}
     vae, text = training.get("vae") or {}, training.get("text") or {}
-    if (source / VAE_FOLDER).is_dir():
-        found[VAE_FOLDER] = source / VAE_FOLDER
+    if exported and (exported / VAE_FOLDER).is_dir():
+        found[VAE_FOLDER] = exported / VAE_FOLDER
     elif vae.get("kind") == "lvdm":
         found[VAE_FOLDER] = Path(vae["folder"])
     elif vae:
         found[VAE_FOLDER] = _named(vae, "diffusion_pytorch_model")
-    if (source / TEXT_FOLDER).is_dir():
-        found[TEXT_FOLDER] = source / TEXT_FOLDER
+    if exported and (exported / TEXT_FOLDER).is_dir():
+        found[TEXT_FOLDER] = exported / TEXT_FOLDER
     elif text:
         found[TEXT_FOLDER] = _named(text, "model")
     return found
@@ -147,22 +182,3 @@ def _read(folder: Path) -> Source:
         tensors |= _lazy(Weights(file))
     text = config.get("text_config")  # of a whole CLIP, the text half
     return Source(text if isinstance(text, dict) else config, tensors)
-
-
-def _watched(tensors: Mapping[str, LazyTensor], progress: Callable[[int, int], None]) -> dict[str, LazyTensor]:
-    """The same tensors, each counted when it is read; second names stay second names."""
-    once: dict[int, LazyTensor] = {}
-    done = 0
-
-    def watch(lazy: LazyTensor) -> LazyTensor:
-        def read() -> torch.Tensor:
-            nonlocal done
-            done += 1
-            progress(done, len(once))
-            return lazy.read()
-
-        return LazyTensor(lazy.shape, lazy.dtype, read)
-
-    for lazy in tensors.values():
-        once.setdefault(id(lazy), watch(lazy))
-    return {name: once[id(lazy)] for name, lazy in tensors.items()}

@@ -5,12 +5,15 @@ A layout knows names and shapes only. Tensors pass through one by one, so that c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from lvdm.errors import UserError
 
 Shapes = Mapping[str, tuple[int, ...]]
 Library = Literal["lvdm", "diffusers", "transformers"]
@@ -84,6 +87,11 @@ class LazyTensor:
     dtype: torch.dtype
     read: Callable[[], Tensor]
 
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
     @classmethod
     def of(cls, tensor: Tensor) -> LazyTensor:
         """One that is there already."""
@@ -93,6 +101,22 @@ class LazyTensor:
         """``function`` of it, a change of shape."""
         shape = tuple(function(torch.empty(self.shape, device="meta")).shape)
         return LazyTensor(shape, self.dtype, lambda: function(self.read()))
+
+
+class Unread(Mapping[str, Tensor]):
+    """Tensors that are read when they are asked for."""
+
+    def __init__(self, lazy: Mapping[str, LazyTensor]) -> None:
+        self.lazy = lazy
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.lazy[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.lazy)
+
+    def __len__(self) -> int:
+        return len(self.lazy)
 
 
 class Layout(Protocol):
@@ -162,6 +186,26 @@ def check_plain(config: Mapping[str, Any]) -> None:
     extra = [f"model.{name}" for name in ("pooled_text", "scale_shift", "coordinates") if config.get(name)]
     if extra:
         raise Mismatch(f"the layout has no place for {' and '.join(extra)}")
+
+
+def cast(tensors: Mapping[str, LazyTensor], dtype: torch.dtype) -> dict[str, LazyTensor]:
+    """The same tensors as ``dtype``, but for those of integers. What does not fit is a `UserError` when it is read."""
+    return {name: _cast(name, lazy, dtype) if lazy.dtype.is_floating_point else lazy for name, lazy in tensors.items()}
+
+
+def _cast(name: str, lazy: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+    def read() -> Tensor:
+        exact = lazy.read()
+        rounded = exact.to(dtype)
+        if rounded.isinf().any() and not torch.equal(rounded.isinf(), exact.isinf()):
+            most, kind = exact[exact.isfinite()].abs().max().item(), str(dtype).removeprefix("torch.")
+            raise UserError(
+                f"tensor {name} does not fit {kind}: it has a value of {most:.4g}, and {kind} ends at "
+                f"{torch.finfo(dtype).max:.4g}; export as bf16 or fp32"
+            )
+        return rounded
+
+    return LazyTensor(lazy.shape, dtype, read)
 
 
 def some(names: list[str]) -> str:

@@ -22,6 +22,7 @@ from lvdm.weights.foreign import (
     open_tensors,
     write_model,
 )
+from lvdm.weights.native import SHARDED, Writing
 
 CLASS = "UNet3DConditionModel"
 
@@ -142,7 +143,7 @@ def to_ours(model: Mapping[str, Any], given: Mapping[str, Tensor], source: str) 
     return Renamed(given, names, lambda name, tensor: _matrices(names[name], tensor) if _is_temporal(name) else tensor)
 
 
-def from_ours(model: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def from_ours(model: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Renamed:
     """Their names and shapes over our tensors. Raises `UserError` when diffusers has no such model."""
     if model.get("kind") != "modelscope_unet" or model.get("frame_rate"):
         raise UserError(f"a {CLASS} needs a modelscope_unet without frame_rate, not {model.get('kind')}")
@@ -203,6 +204,7 @@ def write_unet3d(
     tensors: Mapping[str, Tensor],
     provenance: Mapping[str, Any],
     sample_size: int = 32,
+    writing: Writing = SHARDED,
 ) -> None:
     """Write a folder for ``UNet3DConditionModel.from_pretrained``, tensor by tensor, whole or not at all.
 
@@ -213,7 +215,7 @@ def write_unet3d(
     """
     theirs = from_ours(model, tensors)
     with new_folder(Path(folder)) as temporary:
-        write_model(temporary, their_config(model, sample_size), theirs, provenance)
+        write_model(temporary, their_config(model, sample_size), theirs, provenance, writing)
 
 
 def write_pipeline(
@@ -227,6 +229,7 @@ def write_pipeline(
     tokenizer: Path,
     scheduler: Mapping[str, Any],
     sample_size: int = 32,
+    writing: Writing = SHARDED,
 ) -> None:
     """Write a folder for ``TextToVideoSDPipeline.from_pretrained``, whole or not at all.
 
@@ -245,7 +248,7 @@ def write_pipeline(
             raise UserError(f"{name} {part} is no folder; the pipeline needs one to copy")
     with new_folder(Path(folder)) as temporary:
         (temporary / "unet").mkdir()
-        write_model(temporary / "unet", their_config(model, sample_size), theirs, provenance)
+        write_model(temporary / "unet", their_config(model, sample_size), theirs, provenance, writing)
         for name, part in parts.items():
             # a text encoder's folder may be its tokenizer's too; weights go with the encoder alone
             unwanted = ("*.safetensors", "*.bin") if name == "tokenizer" else ("*.bin",)

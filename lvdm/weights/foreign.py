@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor
 from lvdm.errors import UserError
 from lvdm.storage import read_json, write_json
 from lvdm.weights import conversion
-from lvdm.weights.conversion import Mismatch
-from lvdm.weights.native import Weights, write_safetensors
+from lvdm.weights.conversion import LazyTensor, Mismatch, Unread
+from lvdm.weights.native import Weights, Writing, write_weights
 from lvdm.weights.torch_file import read_tensors
 
 CONFIG_FILE = "config.json"
@@ -38,6 +39,12 @@ class Renamed(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def unread(self) -> dict[str, LazyTensor]:
+        """The same, to be written in one pass; a source of tensors that are unread stays so until then."""
+        source = self._source
+        lazy = source.lazy if isinstance(source, Unread) else {name: LazyTensor.of(source[name]) for name in source}
+        return {name: lazy[old].map(partial(self._change, name)) for name, old in self._names.items()}
 
 
 class _Shards(Mapping[str, Tensor]):
@@ -91,9 +98,9 @@ def check_names(given: Collection[str], wanted: Iterable[str], source: str, layo
 
 
 def write_model(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]
+    folder: Path, config: Mapping[str, Any], tensors: Renamed, provenance: Mapping[str, Any], writing: Writing
 ) -> None:
     """Put a model of diffusers into ``folder``, tensor by tensor, with ``provenance.json`` beside it."""
-    write_safetensors(folder / f"{_STEM}.safetensors", tensors.items())
+    write_weights(folder, _STEM, tensors.unread(), writing)
     write_json(folder / CONFIG_FILE, config)
     write_json(folder / "provenance.json", provenance)

@@ -191,6 +191,10 @@ class TextLayout:
         vae, text = sources.get("vae"), sources.get("text_encoder")
         if vae is None or text is None:
             raise Mismatch("the file holds the autoencoder and the text encoder too, and they are not to be had")
+        if "block_out_channels" not in vae.config:
+            raise Mismatch("the autoencoder is no AutoencoderKL of diffusers")
+        if not str(text.config.get("model_type", "clip")).startswith("clip"):
+            raise Mismatch(f"the text encoder is a {text.config['model_type']}, not CLIP's")
         positions = torch.arange(text.config["max_position_embeddings"])[None]
         tensors = _tables(facts) | write_back(main, unet_entries(main.config))
         tensors |= write_back(vae, vae_entries(vae.config, FIRST_STAGE))

@@ -22,6 +22,7 @@ from lvdm.errors import UserError
 from lvdm.storage import new_folder, read_json
 from lvdm.weights.conversion import Mismatch, check_plain
 from lvdm.weights.foreign import CONFIG_FILE, Renamed, check_names, open_tensors, write_model
+from lvdm.weights.native import SHARDED, Writing
 
 CLASS = "UNet2DConditionModel"
 COMPVIS_PREFIX = "model.diffusion_model."
@@ -145,7 +146,7 @@ def inflate(path: str | Path, *, temporal_length: int = 16, relative_position: b
     return Inflation(model, _Both(taken, new), tuple(taken), tuple(new), left_out)
 
 
-def deflate(model: Mapping[str, Any], tensors: Mapping[str, Tensor], layout: str) -> Mapping[str, Tensor]:
+def deflate(model: Mapping[str, Any], tensors: Mapping[str, Tensor], layout: str) -> Renamed:
     """The 2-D part of a ``text_unet`` in the layout ``compvis`` or ``diffusers``; temporal attention is left out.
 
     Raises:
@@ -175,6 +176,7 @@ def write_unet2d(
     tensors: Mapping[str, Tensor],
     provenance: Mapping[str, Any],
     sample_size: int = 64,
+    writing: Writing = SHARDED,
 ) -> None:
     """Write the 2-D part of a ``text_unet`` as a folder for ``UNet2DConditionModel.from_pretrained``.
 
@@ -185,7 +187,7 @@ def write_unet2d(
     """
     theirs = deflate(model, tensors, "diffusers")
     with new_folder(Path(folder)) as temporary:
-        write_model(temporary, their_config(model, sample_size), theirs, provenance)
+        write_model(temporary, their_config(model, sample_size), theirs, provenance, writing)
 
 
 def their_config(model: Mapping[str, Any], sample_size: int) -> dict[str, Any]:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import torch
 from torch import Tensor
 
 from lvdm.errors import UserError
 from lvdm.weights.conversion import LazyTensor
-from lvdm.weights.native import Weights
+from lvdm.weights.native import Weights, check_bytes, tensor_bytes
 
+_ROOT = "archive"  # folder of the file, which is a ZIP archive
 _ALIGNMENT = 64  # of tensors in the file, as torch writes them
 
 
@@ -43,7 +46,7 @@ def read_tensors(path: str | Path) -> Mapping[str, Tensor]:
         raise UserError(
             f"{path} holds Python objects beside tensors, which are never unpickled; save its state_dict alone"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except Exception as error:  # a damaged pickle raises whatever its opcodes come to
         raise UserError(f"{path} is damaged or no checkpoint of torch: {_one_line(error)}") from None
     if isinstance(tree, Mapping) and isinstance(tree.get("state_dict"), Mapping):
         tree = tree["state_dict"]
@@ -59,26 +62,41 @@ def read_tensors(path: str | Path) -> Mapping[str, Tensor]:
     return tree
 
 
-def write_torch_file(path: str | Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """Write ``{"state_dict": tensors}`` as ``torch.save`` would, holding one tensor at a time in memory."""
-    blanks: dict[int, Tensor] = {}
-    order: list[LazyTensor] = []
-    for lazy in tensors.values():
-        if id(lazy) not in blanks:
-            blanks[id(lazy)] = torch.empty(lazy.shape, dtype=lazy.dtype, device="meta")
-            order.append(lazy)
-    root = "archive"
+def write_torch_file(path: str | Path, tensors: Mapping[str, LazyTensor], verify: bool = False) -> None:
+    """Write ``{"state_dict": tensors}`` as ``torch.save`` would, holding one tensor at a time in memory.
+
+    Args:
+        verify: read the file again, from the disk, and compare every tensor with its source bit for bit.
+    Raises:
+        UserError: what was to be verified is not as it was written.
+    """
+    order = list({id(lazy): lazy for lazy in tensors.values()}.values())  # a second name is no second tensor
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        _write(archive, f"{root}/data.pkl", _pickled(tensors, order))
-        _write(archive, f"{root}/byteorder", b"little")
+        _write(archive, f"{_ROOT}/data.pkl", _pickled(tensors, order))
+        _write(archive, f"{_ROOT}/byteorder", b"little")
         for number, lazy in enumerate(order):
-            data = lazy.read().detach().cpu().contiguous()
+            data = lazy.read()
             assert tuple(data.shape) == lazy.shape, f"shape {tuple(data.shape)} for {lazy.shape}"
             assert data.dtype == lazy.dtype, f"{data.dtype} for {lazy.dtype}"
-            _write(archive, f"{root}/data/{number}", data.reshape(-1).view(torch.uint8).numpy().data)
-        _write(archive, f"{root}/version", b"3\n")
+            _write(archive, f"{_ROOT}/data/{number}", tensor_bytes(data))
+        _write(archive, f"{_ROOT}/version", b"3\n")
     with open(path, "rb") as file:
         os.fsync(file.fileno())
+    if verify:
+        _check_written(path, tensors, order)
+
+
+def _check_written(path: str | Path, tensors: Mapping[str, LazyTensor], order: list[LazyTensor]) -> None:
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # what the disk holds, not the cache
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in read_tensors(path).items()}
+    if found != {name: (lazy.shape, lazy.dtype) for name, lazy in tensors.items()}:
+        raise UserError(f"{path} names other tensors than were written; is the disk in order?")
+    names = {id(lazy): name for name, lazy in tensors.items()}
+    with zipfile.ZipFile(path) as archive:
+        for number, lazy in enumerate(order):
+            with archive.open(f"{_ROOT}/data/{number}") as member:
+                check_bytes(cast(BinaryIO, member), tensor_bytes(lazy.read()), f"{path}: tensor {names[id(lazy)]}")
 
 
 class _StorageRef:
@@ -153,7 +171,7 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
         raise UserError(f"{path} is truncated or damaged: {_one_line(error)}") from None
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise UserError(f"{path} has compressed members, which torch never writes")

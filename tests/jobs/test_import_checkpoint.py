@@ -120,7 +120,7 @@ def test_text_to_video_gives_the_reference_s_outputs(imported: dict[str, Path], 
 def test_round_trip_is_exact_to_the_bit(
     files: dict[str, Path], imported: dict[str, Path], tmp_path: Path, layout: str
 ) -> None:
-    export_layout(imported[layout], tmp_path / "back.ckpt", layout)
+    export_layout(imported[layout], tmp_path / "back.ckpt", layout, verify=True)
     assert_same_file(tmp_path / "back.ckpt", files[layout])
     assert [path.name for path in tmp_path.iterdir()] == ["back.ckpt"]
 

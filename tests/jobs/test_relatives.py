@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from lvdm.errors import UserError
 from lvdm.inference import load
 from lvdm.jobs.export_relatives import export_relative
+from lvdm.jobs.export_source import Choice
 from lvdm.jobs.import_checkpoint import import_checkpoint
 from lvdm.jobs.import_relatives import import_relative, recognise
-from lvdm.weights.native import read_model
+from lvdm.weights.native import Writing, read_model
 from lvdm.weights.stable_diffusion import COMPVIS_PREFIX, deflate, inflate
 from tests.conftest import Toy
 from tests.ranks import run_ranks
@@ -95,6 +96,30 @@ def test_pipeline_comes_in_samples_and_goes_back_to_the_bit(
     assert provenance["source_provenance"]["source_sha256"] == digest
 
 
+@torch.no_grad()
+def test_half_precision_in_several_files_is_read_by_diffusers_and_by_us(
+    pipeline: Path, unet3d: UNet3DConditionModel, ckpt: Path, tmp_path: Path
+) -> None:
+    small = Writing(shard_size=100_000, verify=True)
+    import_relative(pipeline, tmp_path / "in", "diffusers-unet3d")
+    export_relative(tmp_path / "in", tmp_path / "out", "diffusers-unet3d", dtype="bf16", writing=small)
+    assert len(list((tmp_path / "out/unet").glob("diffusion_pytorch_model-*-of-*.safetensors"))) > 2
+    theirs = UNet3DConditionModel.from_pretrained(tmp_path / "out/unet", torch_dtype=torch.bfloat16)
+    import_relative(tmp_path / "out", tmp_path / "again", "diffusers-unet3d")
+    import_relative(ckpt, tmp_path / "sd", "sd-unet")
+    export_relative(tmp_path / "sd", tmp_path / "sd_out", "sd-unet", dtype="bf16", writing=small)
+    frames = UNet2DConditionModel.from_pretrained(tmp_path / "sd_out", torch_dtype=torch.bfloat16)
+    whole = {name: tensor.bfloat16() for name, tensor in unet3d.state_dict().items()}
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in theirs.state_dict().items())
+    sd = load_file(ckpt.parent / "unet" / FILE)
+    assert all(torch.equal(tensor, sd[name].half().bfloat16()) for name, tensor in frames.state_dict().items())
+    _, first = read_model(tmp_path / "in")
+    _, second = read_model(tmp_path / "again")
+    assert all(torch.equal(second[name], tensor.bfloat16()) for name, tensor in first.items())
+    with pytest.raises(UserError, match="is an exported folder; --average, --also and --best take checkpoints"):
+        export_relative(tmp_path / "in", tmp_path / "none", "diffusers-unet3d", Choice(average=2))
+
+
 def test_unet_alone_comes_in_and_says_that_it_cannot_sample(pipeline: Path, tmp_path: Path) -> None:
     import_relative(pipeline / "unet", tmp_path / "in", "diffusers-unet3d")
     with pytest.raises(UserError, match="imported without the models to sample with"):
@@ -121,7 +146,7 @@ def test_training_starts_from_an_import_and_its_run_goes_out(
     )
     run_ranks(run, 1, tree)
     for weights in ("ema", "live"):
-        said = export_relative(tmp_path / "run", tmp_path / weights, "diffusers-unet3d", weights)
+        said = export_relative(tmp_path / "run", tmp_path / weights, "diffusers-unet3d", Choice(weights))
         assert "is no AutoencoderKL" in said
         before, after = load_file(tmp_path / "theirs" / FILE), load_file(tmp_path / weights / FILE)
         assert before.keys() == after.keys()

@@ -8,7 +8,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lvdm.errors import UserError
-from lvdm.weights.native import Weights, copy_weights, load_into, read_model, save_model
+from lvdm.weights.conversion import LazyTensor
+from lvdm.weights.native import (
+    Weights,
+    Writing,
+    check_written,
+    copy_weights,
+    load_into,
+    read_model,
+    save_model,
+    write_safetensors,
+)
 
 CONFIG = {"model": {"kind": "text_unet"}, "weights": "ema", "provenance": {"step": 3}}
 
@@ -115,3 +125,90 @@ def test_truncated_weights_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(UserError, match="not a readable safetensors file"):
         Weights(path)
+
+
+SIZES = {"a": 10, "b": 30, "c": 90, "d": 25, "e": 25}
+"""Elements of fp32 tensors; files of up to 200 bytes hold a and b, c, d and e."""
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """An export in three files."""
+    state = {name: torch.arange(size, dtype=torch.float32) + ord(name) for name, size in SIZES.items()}
+    save_model(tmp_path / "export", state, CONFIG, writing=Writing(shard_size=200, verify=True))
+    return tmp_path / "export", state
+
+
+def test_several_files_are_as_transformers_has_them_and_read_as_one(sharded, tmp_path):
+    folder, state = sharded
+    names = [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", *names, "model.safetensors.index.json"]
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    places = {"a": names[0], "b": names[0], "c": names[1], "d": names[2], "e": names[2]}
+    assert index == {"metadata": {"total_size": 4 * sum(SIZES.values())}, "weight_map": places}
+    assert [list(load_file(folder / name)) for name in names] == [["a", "b"], ["c"], ["d", "e"]]
+    _, weights = read_model(folder)
+    assert weights.shapes() == {name: (size,) for name, size in SIZES.items()}
+    assert all(torch.equal(weights[name], tensor) for name, tensor in state.items())
+    save_model(tmp_path / "whole", state, CONFIG, parts={"part": folder}, writing=Writing(shard_size=720))
+    assert (tmp_path / "whole" / "model.safetensors").is_file()
+    copied = read_model(tmp_path / "whole" / "part")[1]
+    assert all(torch.equal(copied[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda places: places.update(a="../elsewhere.safetensors"), "which is no safetensors file beside it"),
+        (lambda places: places.update(a="/etc/passwd"), "which is no safetensors file beside it"),
+        (lambda places: places.update(a="config.json"), "which is no safetensors file beside it"),
+        (lambda places: places.update(a=3), "which is no safetensors file beside it"),
+        (lambda places: places.update(a="x\0.safetensors"), "which is no safetensors file beside it"),
+        (lambda places: places.update(a=places["c"]), r"does not fit the files beside it: 1 tensors \(a\)"),
+        (lambda places: places.update(f=places["c"]), r"does not fit the files beside it: 1 tensors \(f\)"),
+        (lambda places: places.pop("b"), r"does not fit the files beside it: 1 tensors \(b\)"),
+        (lambda places: places.update(a="none.safetensors"), "no weights at .*none.safetensors"),
+        (lambda places: places.clear(), "it has no weight_map"),
+    ],
+)
+def test_an_index_that_says_otherwise_is_refused(sharded, change, message):
+    folder, _ = sharded
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+    with pytest.raises(UserError, match=message):
+        read_model(folder)
+
+
+def test_types_that_are_not_used_are_named(tmp_path):
+    save_file({"a": torch.zeros(2), "b": torch.zeros(2, dtype=torch.int8)}, tmp_path / "file.safetensors")
+    with pytest.raises(UserError, match=r"tensor b in file.safetensors is of type I8, not of F64, F32"):
+        Weights(tmp_path / "file.safetensors").dtypes()
+
+
+def test_tensors_and_weights_that_are_there_twice_are_refused(sharded):
+    folder, state = sharded
+    save_file({"c": state["c"], "a": state["a"]}, folder / "model-00002-of-00003.safetensors")
+    with pytest.raises(UserError, match=r"tensor a is in both model-00001-of-00003.safetensors and model-00002"):
+        read_model(folder)
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"holds both model.safetensors and model.safetensors.index.json"):
+        read_model(folder)
+
+
+@pytest.mark.parametrize("place", [0, 20, 200, -1, None])
+def test_a_byte_that_reads_otherwise_than_it_was_written_is_found(tmp_path, place):
+    lazy = {name: LazyTensor.of(torch.randn(50)) for name in ("one", "two")}
+    path = tmp_path / "file.safetensors"
+    write_safetensors(path, lazy)
+    check_written(path, lazy)
+    data = bytearray(path.read_bytes())
+    if place is None:
+        data += b"x"
+    else:
+        data[place] ^= 1
+    path.write_bytes(data)
+    what = {0: "the header", 20: "the header", 200: "tensor one", -1: "tensor two", None: "is longer than"}[place]
+    with pytest.raises(UserError, match=what):
+        check_written(path, lazy)
