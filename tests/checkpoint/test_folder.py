@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -323,27 +322,6 @@ def test_a_run_whose_config_names_another_place(tmp_path: Path, bucket: str, mon
     (run / "config.yaml").unlink()
     os.mkfifo(run / "config.yaml")
     assert open_checkpoint(run).manifest.step == 1
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """A file system of its own, mounted with options; again with others to change them."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = False
-
-    def mount(options: str) -> Path:
-        nonlocal mounted
-        how = ",".join([*(["remount"] if mounted else []), options])
-        made = subprocess.run(["mount", "-t", "tmpfs", "-o", how, "none", folder], capture_output=True, text=True)
-        if made.returncode:
-            pytest.skip(f"file systems cannot be mounted here: {made.stderr.strip()}")
-        mounted = True
-        return folder
-
-    yield mount
-    if mounted:
-        subprocess.run(["umount", folder], check=True)
 
 
 def test_too_little_room_is_one_line_before_anything_is_written(disk: Callable[[str], Path]) -> None:
