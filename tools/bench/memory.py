@@ -36,7 +36,7 @@ SHOWN = [name for name in COMPONENTS if name not in ("staging", "frozen copy")]
 def main() -> None:
     """Train, compare, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the result")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     arguments = parser.parse_args()
     start_server()
     rows, disk, sizes, worst, unknown = [], [], {}, 0.0, 0
@@ -71,7 +71,7 @@ def main() -> None:
         "",
         *table(["written by stage", "ranks", "formula", "on disk", "ratio"], disk),
     ]
-    write_result(arguments.results, "memory", "Memory of model states by component", ["torch", "deepspeed"], lines)
+    write_result(arguments.out, "memory", "Memory of model states by component", ["torch", "deepspeed"], lines)
 
 
 def measure(precision: str, case: memory_cases.Case, world: int) -> list[dict[str, Any]]:
