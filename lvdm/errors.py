@@ -6,6 +6,7 @@ Exit codes of every command:
  0  done
  2  bad input: a config, a file or a folder; the one line printed says what to do
 85  stopped early on purpose (signal or passing fault): start the same command again
+86  the watchdog ended a training that hung, after printing all stacks: start the same command again
  1  a fault of lvdm itself, with a traceback
 ==  =========================================================================
 """
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 
 EXIT_BAD_INPUT = 2
 EXIT_REQUEUE = 85
+EXIT_STALLED = 86
 
 
 class UserError(ValueError):
@@ -27,6 +29,14 @@ class UserError(ValueError):
 
 class Requeue(Exception):
     """The run stopped early in a good state; the same command with ``run.resume=auto`` goes on."""
+
+
+class AskedToStop(Requeue):
+    """A signal asked for it."""
+
+
+class RolledBack(Requeue):
+    """A loss spike made the run go back to an earlier checkpoint."""
 
 
 class BadSample(Exception):

@@ -18,8 +18,18 @@ import torch
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as launch/train.py; read when the fork server loads torch
 _CONTEXT = multiprocessing.get_context("forkserver")
-# The last two are what DeepSpeed and text encoders import late, 3 s in every rank.
-_PRELOAD = ["lvdm.train.loop", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "transformers.models.bert"]
+_PRELOAD = [
+    "lvdm.train.loop",
+    "deepspeed.module_inject.auto_ep_layer",  # from here on what is imported late, for seconds in every rank
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "setuptools",
+    "torchvision.utils",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.bert.tokenization_bert",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "s3fs",
+    "tests.preloaded",
+]
 
 
 def start_server() -> None:

@@ -11,6 +11,7 @@ LEVELS = {
     "errors": 0,
     "randomness": 0,
     "storage": 0,
+    "attempts": 0,
     "synthetic": 0,
     "config": 0,
     "data": 1,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,34 @@ from typing import Any, TypeVar
 import torch
 
 from lvdm.engine.environment import read_world
+from lvdm.engine.meeting import MeetingPlace, device_index, meet
 from lvdm.errors import Requeue, UserError
 
 T = TypeVar("T")
+_COLLECTIVE, _COLLECTIVE_MORE = 1.25, 60.0  # times the time-out, and seconds: until a collective gives up by itself
+_NCCL_DEFAULTS = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",  # a collective that times out ends the process
+    "TORCH_FR_BUFFER_SIZE": "2000",  # collectives that the flight recorder remembers
+    "TORCH_FR_DUMP_ON_TIMEOUT": "1",  # to $TORCH_FR_DUMP_TEMP_FILE and the rank's number
+}
+_FILES = 1 << 16
+_OF_DEVICE = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "CUSOLVER_STATUS", "CUFFT_")
+_OURS = (
+    "out of memory",
+    "device-side assert",
+    "no kernel image",
+    "invalid device",
+    "invalid argument",
+    "invalid configuration",
+    "not supported",
+    "NOT_SUPPORTED",
+    "BAD_PARAM",
+    "INVALID_VALUE",
+    "ALLOC_FAILED",
+    "driver version is insufficient",
+    "peer access",
+)
+_place: MeetingPlace | None = None
 
 
 @dataclass(frozen=True)
@@ -38,15 +64,41 @@ class Ranks:
         return self.rank == 0
 
 
-def start(timeout_seconds: float) -> Ranks:
+def start(
+    timeout_seconds: float, deterministic: bool = False, met: Callable[[Ranks], None] = lambda ranks: None
+) -> Ranks:
     """Join the process group that the launcher's environment describes (NCCL on GPUs, gloo without).
 
     Args:
-        timeout_seconds: a collective that takes longer ends the run instead of hanging it.
+        timeout_seconds: for all ranks to come, and nearly so much for one to wait for the others later on. A watchdog
+            with this limit speaks first: it knows whose fault it is.
+        deterministic: compute the same bits every time; torch raises where it has no such algorithm.
+        met: called as soon as all ranks are there, before they connect with each other.
+    Raises:
+        Requeue: some ranks did not come, or have gone before all were there.
+        UserError: there are too few GPUs for the ranks of a node.
     """
+    global _place
     world = read_world()
+    _allow_connections()
     cuda = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    for name, value in _NCCL_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    if deterministic:
+        be_deterministic()
+    if cuda:
+        device = torch.device("cuda", device_index(world.local_rank, world.local_size, torch.cuda.device_count()))
+        torch.cuda.set_device(device)
+        # DeepSpeed takes it for the number of the device, which differs where each rank sees one device alone.
+        os.environ["LOCAL_RANK"] = str(device.index)
+    else:
+        device = torch.device("cpu")
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+    _place = meet(world, device, timeout_seconds)
+    ranks = Ranks(world.rank, world.size, device, world.local_rank)
+    met(ranks)
     import deepspeed
 
     # DeepSpeed calls collectives by names that torch has since renamed, reports its inner life at INFO, and warns of
@@ -55,26 +107,67 @@ def start(timeout_seconds: float) -> Ranks:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Its CPU shared-memory op serves inference alone; building it would need a compiler and 80 s at the first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if cuda:
-        torch.cuda.set_device(world.local_rank)
-    else:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
-    deepspeed.init_distributed(
-        dist_backend="nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds), verbose=False
-    )
-    device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
-    return Ranks(world.rank, world.size, device, world.local_rank)
+    timeout = timedelta(seconds=_COLLECTIVE * timeout_seconds + _COLLECTIVE_MORE)
+    # DeepSpeed makes groups of its own without saying a time-out; torch's default for NCCL is 10 minutes.
+    for default in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(torch.distributed.distributed_c10d, default, timeout)
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=timeout, verbose=False)
+    except RuntimeError as error:
+        if not lost_a_rank(error):
+            raise
+        raise Requeue(f"a rank died or hung while the ranks connected: {str(error).splitlines()[0]}") from error
+    return ranks
 
 
 def stop() -> None:
     """Leave the process group."""
+    global _place
+    _place = None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def meeting_place() -> MeetingPlace:
+    """Where the ranks of the present `start` met."""
+    assert _place is not None
+    return _place
+
+
+def _allow_connections() -> None:
+    """Many systems let a process have 1024 files open; a group has a connection to each rank, rank 0's store three."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def be_deterministic() -> None:
+    """Have torch compute the same bits every time, or raise; before anything touches a GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
 
 
 def barrier() -> None:
     """Wait for all ranks."""
     torch.distributed.barrier()
+
+
+class FaultElsewhere(RuntimeError):
+    """Another rank raised something that is neither a `UserError` nor a `Requeue`; the message names it at its end."""
+
+
+def lost_a_device(error: BaseException) -> bool:
+    """Whether this rank's GPU failed, or the driver under it; not where memory ran out, nor for a mistake of ours.
+
+    An illegal access can be either's fault; a program that makes them is stopped by ``run.futile_starts``.
+    """
+    text = str(error)
+    of_device = isinstance(error, torch.AcceleratorError) or any(sign in text for sign in _OF_DEVICE)
+    ours = isinstance(error, torch.OutOfMemoryError) or any(sign in text for sign in _OURS)
+    return isinstance(error, RuntimeError) and of_device and not ours
 
 
 def lost_a_rank(error: BaseException) -> bool:
@@ -101,9 +194,10 @@ def host_group(timeout_seconds: float) -> torch.distributed.ProcessGroup:
     For threads beside the training: what they gather never waits for a step, nor a step for them.
 
     Args:
-        timeout_seconds: one rank may be so much later than another.
+        timeout_seconds: one rank may be so much later than another, and some more: a watchdog with this limit is first.
     """
-    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+    timeout = timedelta(seconds=_COLLECTIVE * timeout_seconds + _COLLECTIVE_MORE)
+    group = torch.distributed.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, torch.distributed.ProcessGroup)
     return group
 
@@ -146,7 +240,7 @@ def everyones(action: Callable[[], Any], via: torch.device | torch.distributed.P
 
     Raises:
         UserError, Requeue: on all ranks, what any raised; a `UserError` before a `Requeue`, which needs nobody.
-        RuntimeError: another rank raised something else.
+        FaultElsewhere: another rank raised something else.
     """
     value, kind, error = None, "", None
     try:
@@ -162,7 +256,7 @@ def everyones(action: Callable[[], Any], via: torch.device | torch.distributed.P
         raise error
     first = min(failed, key=lambda rank: [*_KNOWN, "fault"].index(answers[rank][1]))
     where = "" if len(failed) == len(answers) else f" (on rank {', '.join(map(str, failed))})"
-    raise _KNOWN.get(answers[first][1], RuntimeError)(answers[first][2] + where)
+    raise _KNOWN.get(answers[first][1], FaultElsewhere)(answers[first][2] + where)
 
 
 _KNOWN = {"user": UserError, "requeue": Requeue}

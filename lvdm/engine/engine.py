@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from lvdm.config import BatchConfig, EngineConfig, OptimConfig
 from lvdm.engine import fragments
+from lvdm.engine.bits import Rest
 from lvdm.engine.deepspeed_config import accumulation_steps, deepspeed_config
 from lvdm.engine.distributed import Ranks
 from lvdm.engine.fragments import Fragment
@@ -44,6 +46,7 @@ class Engine:
         self.accumulation = accumulation_steps(batch, ranks.world)
         learning = [param for param in module.parameters() if param.requires_grad]
         elements = sum(param.numel() for param in learning)
+        self._clip_grad_norm = optim.clip_grad_norm
         self.record = deepspeed_config(config, batch, optim, ranks.world, on_gpu, elements)
         # DeepSpeed makes its fp32 masters from weights it has already rounded to bf16; these are put back below.
         exact = {name: p.detach().clone() for name, p in module.named_parameters()} if on_bf16 else {}
@@ -63,6 +66,8 @@ class Engine:
             piece.of(piece.master).copy_(exact[piece.name].flatten().narrow(0, piece.start, piece.length))
         for master in self.masters:
             self._adamw.materialize(master)
+        self.rest = Rest(self._at_rest, ranks.device)
+        """Whether bits of the state have changed between two steps, while the network only computed with them."""
 
     @property
     def module(self) -> torch.nn.Module:
@@ -78,11 +83,24 @@ class Engine:
         """Accumulate the gradient of ``loss`` (the mean over a micro-batch) over micro-batches and ranks."""
         self._engine.backward(loss)
 
-    def step(self, lr: float) -> StepResult:
-        """Finish a micro-batch; after the last one of the step, update the weights with learning rate ``lr``."""
+    def step(self, lr: float, limit: float = math.inf) -> StepResult:
+        """Finish a micro-batch; after the last one of the step, update the weights with learning rate ``lr``.
+
+        Args:
+            limit: norm to which a larger gradient is scaled, where ``optim.clip_grad_norm`` is not lower still.
+        """
+        clip = min(limit, self._clip_grad_norm or math.inf)
+        self._zero.clip_grad = clip if math.isfinite(clip) else 0.0
         for group in self._zero.param_groups:
             group["lr"] = lr
+        updates = self._engine.is_gradient_accumulation_boundary()
+        if updates:
+            self.rest.look()
         self._engine.step()
+        if updates:
+            if not self._engine.was_step_applied():
+                fragments.drop_gradients(self._zero)
+            self.rest.mark()
         norm = self._engine.get_global_grad_norm()
         return StepResult(self._engine.was_step_applied(), float("inf") if norm is None else float(norm))
 
@@ -142,3 +160,24 @@ class Engine:
         for master in self.masters:
             self._adamw.state[master]["step"].fill_(optimizer_step)
         fragments.publish_masters(self._zero)
+        self.rest.mark()
+
+    # What ranks hold more than once: what `desync.check` compares.
+
+    def replicas(self) -> dict[str, torch.Tensor]:
+        """The parameters that every rank holds whole, by name."""
+        return fragments.replicas(self._zero, self.module)
+
+    def weights_of(self, fragment: Fragment) -> torch.Tensor:
+        """What the network computes with where this rank's fragment is, flat; it is the master, rounded to `dtype`."""
+        return fragments.weights_of(fragment, self.module.get_parameter(fragment.name))
+
+    def _at_rest(self) -> dict[str, list[torch.Tensor]]:
+        """The state that this rank holds; without what is offloaded, which is slow to read."""
+        kinds = fragments.weights_at_rest(self._zero, self.module) | {"fp32 masters": list(self.masters)}
+        for key in STATE_KEYS:
+            kinds[key] = [self._adamw.state[master][key] for master in self.masters]
+        return {
+            kind: [tensor for tensor in tensors if tensor.device.type == self.ranks.device.type]
+            for kind, tensors in kinds.items()
+        }

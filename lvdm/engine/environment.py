@@ -18,6 +18,8 @@ _SPINS = "10000"
 """Turns that an idle thread of torch's CPU kernels waits busily. As fast as libgomp's own 300000 on a machine that has
 nothing else to do, four times as fast where another process wants a core (measured: small convolutions, 2 cores)."""
 
+_PORTS = range(20000, 32000)
+
 
 @dataclass(frozen=True)
 class World:
@@ -43,16 +45,17 @@ def read_world(env: MutableMapping[str, str] = os.environ) -> World:
             rank=_number(env, "SLURM_PROCID"),
             size=_number(env, "SLURM_NTASKS"),
             local_rank=_number(env, "SLURM_LOCALID"),
-            local_size=int(env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]),
+            local_size=tasks_on_node(env.get("SLURM_STEP_TASKS_PER_NODE", "1"), int(env.get("SLURM_NODEID", "0"))),
         )
         env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
-        env.setdefault("MASTER_PORT", str(20000 + _number(env, "SLURM_JOB_ID") % 20000))
+        env.setdefault("MASTER_PORT", str(meeting_port(env)))
     else:
         world = World(rank=0, size=1, local_rank=0, local_size=1)
         env.setdefault("MASTER_ADDR", "127.0.0.1")
         env.setdefault("MASTER_PORT", str(_free_port()))
     env["RANK"], env["WORLD_SIZE"] = str(world.rank), str(world.size)
-    env["LOCAL_RANK"] = str(world.local_rank)
+    # all of them: who reads the environment next finds RANK and takes them for a launcher's
+    env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = str(world.local_rank), str(world.local_size)
     env.setdefault("GOMP_SPINCOUNT", _SPINS)
     return world
 
@@ -64,6 +67,29 @@ def first_host(nodes: str) -> str:
         raise UserError(f"cannot read the SLURM node list {nodes!r}; set MASTER_ADDR to the first node's name")
     prefix, index, suffix = match.groups(default="")
     return prefix + index + suffix
+
+
+def tasks_on_node(counts: str, node: int) -> int:
+    """Tasks on the node with index ``node``, of SLURM's list for all nodes: ``2(x2),1`` -> 2, 2 and 1."""
+    for part in counts.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            break
+        node -= int(match[2] or 1)
+        if node < 0:
+            return int(match[1])
+    raise UserError(f"cannot read SLURM_STEP_TASKS_PER_NODE={counts!r}; start the ranks with srun")
+
+
+def meeting_port(env: MutableMapping[str, str]) -> int:
+    """Port at which the ranks of a SLURM step meet: the same for all of them, another for the steps beside it, for the
+    job's next start (whose predecessor may not have gone yet) and for other jobs on the node.
+
+    It lies below the ports that systems give to outgoing connections (from 32768 on Linux).
+    """
+    step, restart = env.get("SLURM_STEP_ID", "0"), env.get("SLURM_RESTART_COUNT", "0")
+    number = 128 * _number(env, "SLURM_JOB_ID") + 16 * int(step) + int(restart)
+    return _PORTS.start + number % len(_PORTS)
 
 
 def _number(env: MutableMapping[str, str], name: str) -> int:

@@ -72,6 +72,52 @@ def _stage3_fragments(optimizer: Any, names: dict[int, str], rank: int) -> Itera
             offset += per_rank
 
 
+def replicas(optimizer: Any, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that every rank holds whole, frozen ones too, by name: in stages 1 and 2 all, in stage 3 the small
+    ones that it does not partition."""
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        return {name: param.data for name, param in module.named_parameters()}
+    whole = {id(param) for param in optimizer.persistent_parameters if param.data.numel() == param.ds_numel}
+    return {name: param.data for name, param in module.named_parameters() if id(param) in whole}
+
+
+def weights_of(piece: Fragment, param: Any) -> torch.Tensor:
+    """What the network on this rank computes with for a fragment of ``param`` that this rank holds; flat."""
+    if param.data.numel() < getattr(param, "ds_numel", 0):  # stage 3 has partitioned it
+        weights: torch.Tensor = param.ds_tensor.data.flatten()[: piece.length]
+    else:
+        weights = param.data.flatten()[piece.start : piece.start + piece.length]
+    return weights
+
+
+def weights_at_rest(optimizer: Any, module: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
+    """All weights that this rank holds to compute with, in as few tensors as DeepSpeed keeps them in."""
+    frozen: list[Any] = [param for param in module.parameters() if not param.requires_grad]
+    match optimizer:
+        case DeepSpeedZeroOptimizer():
+            return {"weights": [*optimizer.bit16_groups_flat, *frozen]}
+        case BF16_Optimizer():
+            return {"weights": [*optimizer.bf16_groups_flat, *frozen]}
+        case DeepSpeedZeroOptimizer_Stage3():
+            return {
+                "weights": [*optimizer.fp16_partitioned_groups_flat, *(param.ds_tensor for param in frozen)],
+                # which are not there before the first step, nor behind one that was skipped
+                "whole weights": list(replicas(optimizer, module).values()),
+            }
+    raise TypeError(f"no ZeRO optimizer: {type(optimizer).__name__}")
+
+
+def drop_gradients(optimizer: Any) -> None:
+    """Forget the gradients of a step that was skipped.
+
+    Stage 2 with offloading and bf16 keeps its buffer of them (DeepSpeed 0.19.8): one gradient that is not finite would
+    make it skip every step from then on.
+    """
+    if isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.cpu_offload:
+        for group in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[group] = None
+
+
 def clear_padding(flats: Iterable[torch.Tensor], pieces: Sequence[Fragment]) -> None:
     """Zero what no parameter owns: ZeRO-3 pads with uninitialised memory, whose NaNs would spread into the state."""
     for flat in flats:

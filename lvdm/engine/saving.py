@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import sys
@@ -23,14 +24,14 @@ from lvdm.checkpoint.folder import Attempt, CheckpointFolder, Retention
 from lvdm.checkpoint.manifest import MODEL, Manifest, Network, StoredFile
 from lvdm.checkpoint.node_writer import NodeWriter, discard
 from lvdm.checkpoint.pieces import FROZEN, KINDS
-from lvdm.checkpoint.reader import Checkpoint, Near, check_shapes
+from lvdm.checkpoint.reader import Checkpoint, Near, check_shapes, step_name
 from lvdm.engine import distributed
 from lvdm.engine.engine import Engine
 from lvdm.engine.snapshot import Snapshot
 from lvdm.errors import Requeue, UserError
 
 T = TypeVar("T")
-_SLOWEST = 10 << 20  # bytes a second that a node writes and reads back at least, both attempts together
+_SLOWEST = 10 << 20  # bytes a second that a node reads, or writes and reads back, both attempts together, at least
 _HANG = 1800.0  # seconds that a rank may take for anything else
 _RETRY_PAUSE = 1.0
 _LONGEST_PLACE = 95  # bytes; a socket's path has 107 at most
@@ -70,6 +71,8 @@ class Saver:
         self._group = distributed.host_group(self.patience + _HANG)
         path = f"{gathered[node]['scratch']}/socket"
         self._writer = distributed.together(lambda: NodeWriter(path, owner=starts_writer), ranks.device)
+        self.newest = ""
+        """Name of the last checkpoint that `save` has completed."""
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
 
@@ -114,10 +117,12 @@ class Saver:
     def _finish(self, manifest: Manifest) -> None:
         """In the background, on each rank: everything from the copy to the published checkpoint."""
         try:
-            attempt = Attempt(**self._agree(lambda: self._on_main(lambda: vars(self._begin(manifest))))[0])
+            begin = functools.partial(self._folder.begin, manifest.step, self._total)
+            attempt = Attempt(**self._agree(lambda: self._on_main(lambda: vars(begin())))[0])
             try:
                 written = self._written(attempt)
                 self._agree(lambda: self._on_main(lambda: self._publish(attempt, manifest, written)))
+                self.newest = step_name(manifest.step)
             except (UserError, Requeue):
                 self._on_main(lambda: self._folder.abandon(attempt))
                 raise
@@ -125,9 +130,6 @@ class Saver:
             self._failure = type(error)(f"{error}{self._what_is_whole()}")
         except Exception as error:
             self._failure = error
-
-    def _begin(self, manifest: Manifest) -> Attempt:
-        return self._folder.begin(manifest.step, self._total)
 
     def _written(self, attempt: Attempt) -> list[dict[str, Any]]:
         """The files of all ranks, in two attempts.
@@ -239,6 +241,12 @@ class Resumption:
         """What is wrong with newer ones."""
         if self._names:
             self.attempt(lambda checkpoint: None)
+
+    @property
+    def patience(self) -> float:
+        """Seconds that reading the checkpoint may take, as if one slow node read all of it, before that is a hang."""
+        assert self.checkpoint is not None
+        return sum(file.size for file in self.checkpoint.manifest.files.values()) / _SLOWEST
 
     def attempt(self, action: Callable[[Checkpoint], None]) -> None:
         """Call ``action`` with the checkpoint, and where it raises `Damaged` on any rank, on all with the one before.

@@ -1,8 +1,7 @@
-"""Early stops, and a watchdog against hangs. Needs no torch, so that a signal during its import is remembered too."""
+"""Stop signals, remembered until the ranks can act on them together. Needs no torch: one may come during its import."""
 
 from __future__ import annotations
 
-import faulthandler
 import signal
 from types import FrameType
 
@@ -10,23 +9,17 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Remembers a stop signal until the ranks meet; SLURM sends SIGUSR1 ahead of the time limit, SIGTERM at it."""
+    """Remembers a stop signal until the ranks meet; SLURM sends SIGUSR1 ahead of the time limit, SIGTERM at it.
+
+    Further ones change nothing, so that a launcher which repeats itself does not end a save. Before this object is
+    made, a signal ends the process, which has done nothing yet. SIGINT stays Python's `KeyboardInterrupt`.
+    """
 
     def __init__(self) -> None:
-        self.received = False
-        """Whether this rank was asked to stop."""
+        self.signal = 0
+        """Number of the first signal that came; 0 for none."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
-
-
-def expect_progress_within(seconds: float) -> None:
-    """Print all stacks of this rank and end it, unless called again within ``seconds``."""
-    faulthandler.dump_traceback_later(seconds, exit=True)
-
-
-def stop_watching() -> None:
-    """Call off the last `expect_progress_within`."""
-    faulthandler.cancel_dump_traceback_later()
+        self.signal = self.signal or number

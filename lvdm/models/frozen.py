@@ -32,6 +32,8 @@ from lvdm.storage import cache_folder, forget_unused, note_use, sha256_of, write
 class FrozenVAE(ABC):
     """A frozen autoencoder of video. The UNet sees ``scale * (z + shift)``."""
 
+    model: Any
+    """The network."""
     fingerprint: str
     """SHA-256 of the weights."""
     latent_channels: int
