@@ -13,9 +13,10 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
@@ -30,7 +31,7 @@ from lvdm.storage import Missing, locate, persistently, sync, write_text
 LATEST, BEST = "latest", "best"
 CHECKPOINTS, CONFIG = "checkpoints", "config.yaml"
 """Where a run has its checkpoints, unless its config names another place."""
-_SPARE = 64 << 20
+SPARE = 64 << 20
 """Bytes that a disk must have beyond what is about to be written."""
 _POINTER_LIMIT = 1000
 
@@ -155,10 +156,10 @@ class CheckpointFolder:
             free = shutil.disk_usage(place).free
         except OSError as error:
             raise UserError(f"cannot write checkpoint {final}: {error.strerror}") from None
-        if free < size + _SPARE:
+        if free < size + SPARE:
             shutil.rmtree(place, ignore_errors=True)
             raise UserError(
-                f"cannot write checkpoint {final}: it takes {size / 1e6:,.0f} MB and {_SPARE / 1e6:,.0f} MB to spare, "
+                f"cannot write checkpoint {final}: it takes {size / 1e6:,.0f} MB and {SPARE / 1e6:,.0f} MB to spare, "
                 f"and its disk has {free / 1e6:,.0f} MB left; make room, or keep fewer (run.keep)"
             )
         return Attempt(step, token, place, final)
@@ -217,6 +218,39 @@ class CheckpointFolder:
                 self._delete(name)
         self._sweep_hidden()
 
+    def roll_back(self, before: int, clock: Callable[[dict[str, Any]], dict[str, Any]]) -> str:
+        """Make the newest whole checkpoint of a step below ``before`` the newest of all, with another clock.
+
+        A kill at any moment leaves as newest one that is whole: the one that was, or any between it and the amended
+        one, or that, amended.
+
+        Args:
+            clock: gives the new clock for the one that the checkpoint holds.
+        Returns:
+            Its name; empty, and nothing has changed, if there is none.
+        Raises:
+            OSError, UserError, Requeue: something could not be listed, read, written or deleted.
+        """
+        names = self.names()
+        older = [name for name in names if int(step_of(name) or 0) < before and name not in self._passed_over]
+        found, damaged = newest_good(map(self.location, older))
+        for fault in damaged.values():
+            if isinstance(fault, Unreadable):  # it may be the one that is wanted
+                raise Requeue(f"cannot go back to a checkpoint before step {before}: {fault}")
+        if not found:
+            return ""
+        found[0].close()
+        name, manifest = found[0].name, found[0].manifest
+        self._put_manifest(name, manifest.model_copy(update={"clock": clock(manifest.clock)}))
+        self._put(self.location(LATEST), name.encode())
+        newer = names[: names.index(name)]
+        if self.pointed_at(BEST) in newer:  # the next `prune` finds another
+            self._remove("", [BEST])
+        for one in newer:
+            self._delete(one)
+        self._sweep_hidden()
+        return name
+
     def sweep(self) -> None:
         """Remove what interrupted saves and deletions left. Only when nobody is writing here.
 
@@ -243,10 +277,22 @@ class CheckpointFolder:
         for name, apart in names.items():
             os.rename(f"{attempt.place}/{name}", f"{attempt.final}/{apart}")
         sync(attempt.final)
-        os.rename(f"{attempt.place}/{manifests.NAME}", f"{attempt.final}/{manifests.NAME}")
-        sync(attempt.final)
-        shutil.rmtree(attempt.place, ignore_errors=True)
+        self._move_manifest(attempt.place, attempt.final)
         return moved
+
+    def _put_manifest(self, name: str, manifest: Manifest) -> None:
+        """Replace the manifest of a checkpoint."""
+        final = self.location(name)
+        place = self.location(f".{name}.{secrets.token_hex(4)}.partial") if self._local else final
+        self._put(f"{place}/{manifests.NAME}", manifests.seal(manifest))
+        if self._local:
+            self._move_manifest(place, final)
+
+    def _move_manifest(self, place: str, final: str) -> None:
+        """Out of a hidden folder, which goes, into a checkpoint's."""
+        os.rename(f"{place}/{manifests.NAME}", f"{final}/{manifests.NAME}")
+        sync(final)
+        shutil.rmtree(place, ignore_errors=True)
 
     def _remove_unlisted(self, name: str, manifest: Manifest) -> None:
         """Remove ranks' files that a whole checkpoint has from other attempts at its step."""
@@ -314,10 +360,12 @@ class CheckpointFolder:
             persistently(url, lambda fs, path: fs.pipe_file(path, data), doing="write")
 
     def _remove(self, name: str, files: Iterable[str]) -> None:
-        """Delete files of a checkpoint's folder."""
+        """Delete files of a checkpoint's folder, or with an empty name of the folder of all."""
         for file in files:
             with contextlib.suppress(Missing):
-                persistently(f"{self.location(name)}/{file}", lambda fs, path: fs.rm_file(path), doing="delete")
+                persistently(
+                    self.location(f"{name}/{file}" if name else file), lambda fs, path: fs.rm_file(path), doing="delete"
+                )
 
 
 def _merits(manifest: Manifest) -> _Merits:
@@ -333,26 +381,49 @@ def open_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
         UserError: there is none, or the one named is damaged.
         Requeue: a store does not answer.
     """
-    checkpoint, _ = find_checkpoint(path, verify=verify)
-    return checkpoint
-
-
-def find_checkpoint(path: str | Path, *, verify: bool = True) -> tuple[Checkpoint, list[str]]:
-    """As `open_checkpoint`, with the faults of newer ones that were passed over."""
     folder, named = locate_checkpoints(path)
+    found, damaged = newest_good(map(folder.location, [named] if named else folder.names()), verify=verify)
+    if not found:
+        raise none_to_read(folder, map(str, damaged.values()), named=bool(named))
+    return found[0]
+
+
+def newest_good(
+    locations: Iterable[str], count: int = 1, *, verify: bool = False
+) -> tuple[list[Checkpoint], dict[str, Damaged]]:
+    """The first ``count`` good checkpoints of ``locations``, or fewer, by what their manifests say.
+
+    Args:
+        locations: newest first.
+        verify: read every byte.
+    Returns:
+        They, and what is wrong with those that were passed over, by location.
+    """
+    found: list[Checkpoint] = []
+    damaged: dict[str, Damaged] = {}
+    for location in locations:
+        if len(found) == count:
+            break
+        try:
+            found.append(_opened(location, verify))
+        except Damaged as fault:
+            damaged[location] = fault
+    return found, damaged
+
+
+def none_to_read(folder: CheckpointFolder, faults: Iterable[str], *, named: bool) -> UserError:
+    """The error where no checkpoint is good.
+
+    Args:
+        faults: of those there are.
+        named: one was asked for by its name.
+    """
+    listed = "; ".join(faults)
     if named:
-        try:
-            return _opened(folder.location(named), verify), []
-        except Damaged as fault:
-            raise UserError(f"checkpoint is damaged: {fault}") from None
-    faults: list[str] = []
-    for name in folder.names():
-        try:
-            return _opened(folder.location(name), verify), faults
-        except Damaged as fault:
-            faults.append(str(fault))
-    reason = f"all are damaged: {'; '.join(faults)}" if faults else "there is none"
-    raise UserError(f"no checkpoint to read in {folder.root}: {reason}")
+        return UserError(f"checkpoint is damaged: {listed}")
+    return UserError(
+        f"no checkpoint to read in {folder.root}: {f'all are damaged: {listed}' if listed else 'there is none'}"
+    )
 
 
 def locate_checkpoints(path: str | Path) -> tuple[CheckpointFolder, str]:

@@ -14,7 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from lvdm.checkpoint.blocks import Damaged
-from lvdm.checkpoint.folder import BEST, locate_checkpoints
+from lvdm.checkpoint.folder import BEST, locate_checkpoints, newest_good, none_to_read
 from lvdm.checkpoint.manifest import MODEL, Network
 from lvdm.checkpoint.pieces import FROZEN
 from lvdm.checkpoint.reader import Checkpoint
@@ -95,29 +95,23 @@ class CheckpointSource:
             raise UserError(
                 f"{self.path} is one checkpoint; --average takes a run or a folder, or name others by --also"
             )
-        found: list[Checkpoint] = []
-        for location in list(self._left):
-            if len(found) == count:
-                break
-            try:
-                found.append(Checkpoint(location))
-            except Damaged as fault:
-                self.pass_over(location, fault)
+        found, damaged = newest_good(list(self._left), count)
+        for location, fault in damaged.items():
+            self.pass_over(location, fault)
         if len(found) == count:
             return found
         close(found)
         if found:
             bad = f"; damaged: {'; '.join(self.faults)}" if self.faults else ""
             raise UserError(f"{self.path} has {len(found)} good checkpoints to average, not {count}{bad}")
-        reason = f"all are damaged: {'; '.join(self.faults)}" if self.faults else "there is none"
-        raise UserError(f"no checkpoint to read in {self.folder.root}: {reason}")
+        raise none_to_read(self.folder, self.faults, named=False)
 
     def pass_over(self, location: str, fault: Damaged) -> None:
         """Go on without the checkpoint in ``location``, if it is of this source. Raises `UserError` if it was named."""
         if location not in self._left:
             return
         if self.named:
-            raise UserError(f"checkpoint is damaged: {fault}") from None
+            raise none_to_read(self.folder, [str(fault)], named=True) from None
         self._left.remove(location)
         self.faults.append(str(fault))
 

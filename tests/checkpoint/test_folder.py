@@ -18,7 +18,7 @@ import pytest
 from lvdm import storage
 from lvdm.checkpoint import folder as folders
 from lvdm.checkpoint.blocks import Damaged
-from lvdm.checkpoint.folder import CheckpointFolder, Retention, find_checkpoint, open_checkpoint
+from lvdm.checkpoint.folder import CheckpointFolder, Retention, newest_good, open_checkpoint
 from lvdm.checkpoint.reader import step_name
 from lvdm.errors import Requeue, UserError
 from tests.checkpoint.files import (
@@ -78,17 +78,19 @@ def test_published_ones_are_found_newest_first_and_damaged_ones_named(root: str)
         write_checkpoint(root, step)
         assert folder.latest() == step_name(step)
     assert steps(root) == [100, 20, 9]
-    checkpoint, faults = find_checkpoint(root)
-    assert (checkpoint.name, faults) == ("step-00000100", [])
+    (checkpoint,), damaged = newest_good(map(folder.location, folder.names()), verify=True)
+    assert (checkpoint.name, damaged) == ("step-00000100", {})
     assert same(read_all(checkpoint), make_tensors(100))
     assert same(read_all(open_checkpoint(f"{root}/{step_name(9)}")), make_tensors(9))
     assert open_checkpoint(f"{root}/latest").name == "step-00000020"
 
     spoil(root, 100)
     spoil(root, 20, "manifest")
-    checkpoint, faults = find_checkpoint(root)
-    assert same(read_all(checkpoint), make_tensors(9))
-    assert len(faults) == 2
+    found, damaged = newest_good(map(folder.location, folder.names()), 2, verify=True)
+    assert [checkpoint.name for checkpoint in found] == ["step-00000009"]
+    assert same(read_all(found[0]), make_tensors(9))
+    faults = list(map(str, damaged.values()))
+    assert list(damaged) == [f"{root}/{step_name(step)}" for step in (100, 20)]
     assert "step-00000100/rank-00001" in faults[0]
     assert "step-00000020/manifest.json" in faults[1]
     with pytest.raises(UserError, match=r"^checkpoint is damaged: .*step-00000100/rank-00001"):
@@ -242,6 +244,53 @@ def test_one_that_was_passed_over_does_not_count_as_kept(root: str) -> None:
     write_checkpoint(root, 7)
     folder.prune(Retention(last=1, every_samples=60))
     assert steps(root) == [7]
+
+
+def later(clock: dict[str, Any]) -> dict[str, Any]:
+    """Another clock."""
+    return clock | {"passed_over": [3, 4]}
+
+
+def test_a_run_goes_back_to_the_newest_whole_one_before_a_step_with_another_clock(root: str) -> None:
+    for step in (1, 2, 3, 4, 6):
+        write_checkpoint(root, step, scores={"loss": 1 / step})
+    folder = CheckpointFolder(root)
+    folder.prune(Retention(last=5, best=1, score="loss"))
+    assert folder.roll_back(1, later) == ""
+    assert (steps(root), folder.pointed_at("best")) == ([6, 4, 3, 2, 1], "step-00000006")
+    spoil(root, 4)
+    folder.pass_over("step-00000003")
+    before = open_checkpoint(f"{root}/step-00000002").manifest
+    assert folder.roll_back(5, later) == "step-00000002"
+    assert (steps(root), folder.latest(), folder.pointed_at("best")) == ([2, 1], "step-00000002", "")
+    checkpoint = open_checkpoint(root)
+    assert checkpoint.manifest == before.model_copy(update={"clock": {"samples": 20, "passed_over": [3, 4]}})
+    assert same(read_all(checkpoint), make_tensors(2))
+    assert len(everything(root)) == 4 + 4 + 1
+    write_checkpoint(root, 5, scores={"loss": 3.0})
+    folder.prune(Retention(last=1, best=1, score="loss"))
+    assert (steps(root), folder.pointed_at("best")) == ([5, 2], "step-00000002")
+    with pytest.raises(UserError, match="step-00000003"):
+        open_checkpoint(f"{root}/step-00000003")
+
+
+def test_nothing_is_given_up_for_one_that_cannot_be_read_just_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2, 3):
+        write_checkpoint(tmp_path, step)
+    before, real = everything(str(tmp_path)), os.open
+
+    def too_many(path: Any, *given: Any, **how: Any) -> int:
+        if "step-00000002/manifest" in str(path):
+            raise OSError(24, "Too many open files")
+        return real(path, *given, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", too_many)
+        with pytest.raises(Requeue, match=r"^cannot go back to a checkpoint before step 3: .*Too many open files"):
+            CheckpointFolder(tmp_path).roll_back(3, later)
+    assert everything(str(tmp_path)) == before
 
 
 def test_in_stores_the_cost_of_retention_does_not_grow_with_what_is_kept(
@@ -487,44 +536,106 @@ def test_a_kill_before_any_operation_on_files_leaves_the_old_one_or_the_new(
     assert seen == ({True} if case == "the first" else {False, True})
 
 
+def test_a_kill_while_a_run_goes_back_leaves_one_to_go_on_from(memory: Path) -> None:
+    before, kills, seen = memory / "before", 0, set()
+    for step in (1, 2, 3, 4):
+        write_checkpoint(before, step)
+    while True:
+        root = memory / str(kills)
+        shutil.copytree(before, root)
+        if not killed_at(kills, lambda root=root: CheckpointFolder(root).roll_back(3, later)):  # type: ignore[misc]
+            break
+        seen.add(goes_on_after_a_kill(str(root)))
+        assert not list(root.glob("**/.*"))
+        shutil.rmtree(root)
+        kills += 1
+    assert kills > 30
+    assert seen == {(4, False), (4, True), (3, True), (2, True)}
+
+
+def goes_on_after_a_kill(root: str) -> tuple[int, bool]:
+    """Step of the newest checkpoint, and whether the clock of step 2 has been amended; going back again is checked."""
+    folder = CheckpointFolder(root)
+    newest, step = open_checkpoint(root), open_checkpoint(f"{root}/step-00000002")
+    assert same(read_all(newest), make_tensors(newest.manifest.step))
+    assert same(read_all(step), make_tensors(2))
+    before = newest.manifest.step, "passed_over" in step.manifest.clock
+    folder.sweep()
+    assert folder.roll_back(3, later) == folder.latest() == "step-00000002"
+    assert open_checkpoint(root).manifest.clock == {"samples": 20, "passed_over": [3, 4]}
+    assert steps(root) == [2, 1]
+    assert len(everything(root)) == 4 + 4 + 1
+    return before
+
+
 class _Killed(BaseException):
     """Passes through what catches errors, as a kill does."""
+
+
+class _Requests:
+    """Counts the requests to stores, and ends the process, so to speak, before the one behind the last allowed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.left = 10**9
+        persistently = storage.persistently
+
+        def request(*given: Any, **how: Any) -> Any:
+            self.left -= 1
+            if self.left < 0:
+                raise _Killed
+            return persistently(*given, **how)
+
+        monkeypatch.setattr("lvdm.checkpoint.folder.persistently", request)
+        monkeypatch.setattr("lvdm.checkpoint.blocks.persistently", request)
+
+    def killed_at(self, number: int, action: Callable[[], object]) -> bool:
+        """Whether ``action`` was killed before that request; else it ended."""
+        self.left = number
+        try:
+            action()
+        except _Killed:
+            return True
+        finally:
+            self.left = 10**9
+        return False
+
+
+def test_a_kill_while_a_run_goes_back_in_a_store_leaves_one_to_go_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {step: [rank_file(parts) for parts in deal_out(make_tensors(step), 3)] for step in (1, 2, 3, 4)}
+    requests, kills, seen = _Requests(monkeypatch), 0, set()
+    while True:
+        root = f"memory://{tmp_path.name}/{kills}"
+        for step in files:
+            write_files(root, step, files[step])
+        if not requests.killed_at(kills, lambda root=root: CheckpointFolder(root).roll_back(3, later)):  # type: ignore[misc]
+            break
+        seen.add(goes_on_after_a_kill(root))
+        kills += 1
+    assert kills > 10
+    assert seen == {(4, False), (4, True), (3, True), (2, True)}
 
 
 @pytest.mark.parametrize("case", ["the next", "the same step"])
 def test_a_kill_before_any_request_to_a_store_leaves_the_old_one_or_the_new(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
-    before, left = ([1, 2] if case == "the next" else [1, 3]), 10**9
+    before = [1, 2] if case == "the next" else [1, 3]
     old, new = make_tensors(70), make_tensors(71)
     old_files, new_files = ([rank_file(parts) for parts in deal_out(tensors, 3)] for tensors in (old, new))
-    persistently = storage.persistently
-
-    def request(*given: Any, **how: Any) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise _Killed
-        return persistently(*given, **how)
-
-    monkeypatch.setattr("lvdm.checkpoint.folder.persistently", request)
-    monkeypatch.setattr("lvdm.checkpoint.blocks.persistently", request)
-    kills, seen = 0, set()
+    requests, kills, seen = _Requests(monkeypatch), 0, set()
 
     def save(root: str) -> None:
         write_files(root, 3, new_files)
         CheckpointFolder(root).prune(Retention(last=1))
 
     while True:
-        root, left = f"memory://{tmp_path.name}/{kills}", 10**9
+        root = f"memory://{tmp_path.name}/{kills}"
         for given in before:
             write_files(root, given, old_files)
-        left = kills
-        try:
-            save(root)
+        if not requests.killed_at(kills, lambda root=root: save(root)):  # type: ignore[misc]
             break
-        except _Killed:
-            left = 10**9
         found = read_all(open_checkpoint(root))
         assert same(found, old) or same(found, new), f"after {kills} requests"
         seen.add(same(found, new))

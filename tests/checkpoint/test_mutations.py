@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from lvdm.checkpoint.blocks import Damaged, block_digests
-from lvdm.checkpoint.folder import find_checkpoint
+from lvdm.checkpoint.folder import open_checkpoint
 from lvdm.checkpoint.reader import Checkpoint
 from lvdm.errors import UserError
 from tests.checkpoint.files import Tensors, make_tensors, read_all, same, write_checkpoint
@@ -498,4 +498,4 @@ def test_a_folder_of_checkpoints_that_is_no_such_thing(tmp_path: Path, limits: N
         make(place)
         for path in (place, tmp_path, place / "checkpoints", place / MANIFEST):
             with pytest.raises(UserError, match=r"step-00000001|no checkpoint to read in"):
-                find_checkpoint(path)
+                open_checkpoint(path)
