@@ -10,6 +10,7 @@ python launch/train.py --config configs/t2v_256.yaml --check     (validate and s
 from __future__ import annotations
 
 import argparse
+import faulthandler
 
 from lvdm.config import load_training_config
 from lvdm.engine.deepspeed_config import accumulation_steps
@@ -18,9 +19,14 @@ from lvdm.engine.signals import StopRequest
 from lvdm.errors import command_line
 from lvdm.train.run_folder import RunFolder
 
+_START_TIMEOUT = 1800.0  # seconds
+
 
 def main() -> None:
     """Everything that can be wrong with the command is said before torch is imported."""
+    faulthandler.enable()
+    # A file system that hangs does so in the imports already; the watchdog takes over in `train`.
+    faulthandler.dump_traceback_later(_START_TIMEOUT, exit=True)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("--check", action="store_true", help="validate the config and stop")

@@ -47,8 +47,16 @@ class RunConfig(Section):
     """The first checkpoint behind every multiple of so many samples is kept for good; 0 for none."""
     keep_best: NonNegativeInt = 0
     """Checkpoints kept for the best validation of the averaged weights: of the loss, or of an autoencoder's PSNR."""
+    deterministic: bool = False
+    """Whether torch must compute the same bits every time, and may be slower for it: on GPUs some sums otherwise depend
+    on which thread comes first. Runs on CPUs do in any case."""
     stall_timeout: Annotated[float, Field(gt=0)] = 1800
-    """Seconds without a finished step after which every rank prints its stacks and the run ends."""
+    """Seconds without progress (a step, a start, a validation batch; a checkpoint has more by its size) after which
+    every rank prints its stacks and the run ends."""
+    futile_starts: PositiveInt = 10
+    """The run refuses to start after so many starts in a row that a kill or a fault ended before a new checkpoint: what
+    requeues itself must have an end. A request to stop, a return from a spike or bad input begins the
+    count anew."""
 
 
 class BatchConfig(Section):
@@ -477,6 +485,29 @@ class ValidationConfig(Section):
     """Held-out samples used, the first ones of the index."""
 
 
+class HealthConfig(Section):
+    """What the run watches of itself, and what it does about it; ``docs/health.md``."""
+
+    clip_sigmas: Annotated[float, Field(ge=0)] = 3.0
+    """A gradient whose norm exceeds the running mean by more than so many standard deviations is clipped to there, even
+    where ``optim.clip_grad_norm`` would let it pass; 0 for no such limit."""
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    """Decay of the running mean and variance of the norm, a step."""
+    warmup_steps: PositiveInt = 100
+    """Applied steps before the mean and deviation are trusted."""
+    spike_factor: Annotated[float, Field(gt=1)] = 10.0
+    """A norm of more than so many times the running mean is a spike, and so is one that is not finite."""
+    spike_steps: NonNegativeInt = 5
+    """After so many spikes in a row the run goes back to the newest checkpoint before them, and on without those steps'
+    samples; 0: never."""
+    rollbacks: NonNegativeInt = 3
+    """How often a run may go back so; once more is an error."""
+    check_every: PositiveInt = 100
+    """Steps between comparisons of the ranks' weights and clocks; there is one before each checkpoint, too."""
+    straggler: Annotated[float, Field(gt=1)] = 2.0
+    """A rank that takes so many times as long as the median one is reported."""
+
+
 class PreviewConfig(Section):
     """Clips sampled while training, with the averaged weights, to watch on TensorBoard and on the run page."""
 
@@ -507,6 +538,8 @@ class TrainingConfig(Section):
     """How DeepSpeed spreads the work."""
     validation: ValidationConfig = ValidationConfig()
     """Loss on held-out samples."""
+    health: HealthConfig = HealthConfig()
+    """What the run watches of itself."""
 
 
 class AutoencoderTraining(TrainingConfig):

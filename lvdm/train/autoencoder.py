@@ -57,6 +57,10 @@ class AutoencoderTask:
         """What users of this autoencoder need beyond its config; stored in checkpoints and exports."""
         return {"latent_shape": list(self.latent_shape)}
 
+    def frozen_parts(self) -> list[torch.nn.Module]:
+        """What every rank has a copy of beside the model: nothing."""
+        return []
+
     def loss(self, network: Callable[..., Any], batch: VideoBatch) -> tuple[torch.Tensor, Sums]:
         """Mean loss of a micro-batch, and what to report of it."""
         frames = frames_to_float(batch.to(self.device).frames_BCTHW)

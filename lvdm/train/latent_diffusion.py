@@ -114,6 +114,10 @@ class LatentDiffusionTask:
                     f"the former back, or start a new run.folder"
                 )
 
+    def frozen_parts(self) -> list[torch.nn.Module]:
+        """What every rank has a copy of beside the model: the frozen VAE and text encoder, where they are needed."""
+        return [part.model for part in (self._vae, self._text) if part is not None]
+
     def loss(self, network: Callable[..., Any], batch: Batch) -> tuple[torch.Tensor, Sums]:
         """Mean loss of a micro-batch, and what to report of it."""
         encoded = self._encode(batch, self.config.run.seed)

@@ -7,38 +7,52 @@ remember is one clock: steps done and samples seen.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import signal
+import socket
+import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
 
+from lvdm.attempts import Attempt
 from lvdm.checkpoint.folder import CheckpointFolder, Retention
 from lvdm.checkpoint.manifest import MODEL
 from lvdm.checkpoint.reader import Checkpoint
-from lvdm.config import AnyTraining, AutoencoderTraining, LatentDiffusionTraining, PreviewConfig
+from lvdm.config import AnyTraining, AutoencoderTraining, LatentDiffusionTraining
 from lvdm.data.batch import Replacement
 from lvdm.data.loader import Loader, build_loader, build_validation_loader
-from lvdm.engine import distributed, saving, signals
-from lvdm.engine.distributed import Ranks, gather_json, gather_rows, on_any_rank, together
+from lvdm.engine import desync, distributed, preflight, saving, signals
+from lvdm.engine.distributed import Ranks, gather_json, on_any_rank, together
 from lvdm.engine.engine import Engine
 from lvdm.engine.memory_plan import plan_of
 from lvdm.engine.optim import learning_rate
-from lvdm.errors import Requeue, UserError
+from lvdm.engine.pulse import Pulse, Vitals
+from lvdm.engine.watchdog import Watchdog
+from lvdm.errors import AskedToStop, Requeue, UserError, rank_from_environment
 from lvdm.models.build import parameter_count
 from lvdm.models.remat import checkpoint_blocks
 from lvdm.models.trainable import freeze_all_but
 from lvdm.train.autoencoder import AutoencoderTask
+from lvdm.train.events import EventLog
+from lvdm.train.guard import Guard
 from lvdm.train.latent_diffusion import LatentDiffusionTask
 from lvdm.train.metrics import Means, MetricsWriter, drop_lines_after, memory_gb
+from lvdm.train.recovery import go_back, note_spike
 from lvdm.train.run_folder import RunFolder
 from lvdm.train.sample_log import SampleLog
+from lvdm.train.speed import Speedometer
+from lvdm.train.stragglers import Stopwatch, Stragglers
+from lvdm.train.validation import sample_preview, validate
 from lvdm.weights.native import load_into
 
 Task = AutoencoderTask | LatentDiffusionTask
+_BEATS = ("loss", "samples_per_second", "seconds_left")
+"""What the heartbeat tells of the log's values."""
 
 
 @dataclass
@@ -57,6 +71,10 @@ class Clock:
     """Samples that others stood in for."""
     skipped_steps: list[int] = field(default_factory=list)
     """Steps whose gradients were not finite."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """What gradient norms are usual (`Guard.state`)."""
+    passed_over: list[int] = field(default_factory=list)
+    """Steps that are done without their samples, since the run spiked there once and went back."""
 
 
 def train(config: AnyTraining, stop: signals.StopRequest) -> None:
@@ -64,25 +82,45 @@ def train(config: AnyTraining, stop: signals.StopRequest) -> None:
 
     Raises:
         UserError: bad input, on all ranks alike.
-        Requeue: a stop signal came and the run is saved, or another rank died; it goes on with ``run.resume=auto``.
+        Requeue: a stop signal came and the run is saved, or a fault that passes ended it; ``run.resume=auto`` goes on.
     """
     run = RunFolder(config)
     changes = run.enter()
-    signals.expect_progress_within(config.run.stall_timeout)
-    ranks = distributed.start(config.run.stall_timeout)
-    try:
-        _train(config, run, changes, ranks, stop)
-    except RuntimeError as error:
-        if not distributed.lost_a_rank(error):
-            raise
-        whole = CheckpointFolder(run.checkpoints).latest() or "no checkpoint"
-        raise Requeue(f"another rank died or hangs; {whole} is whole, go on with run.resume=auto") from error
-    finally:
-        signals.stop_watching()
-        distributed.stop()
+    limit = config.run.stall_timeout
+    with (
+        Attempt(run.path, config.run.steps, enabled=rank_from_environment() == 0) as attempt,
+        Watchdog(limit, often=attempt.write, stalled=attempt.stalled) as watchdog,
+    ):
+        ranks = distributed.start(limit, config.run.deterministic, met=watchdog.join)
+        try:
+            _train(config, run, changes, ranks, stop, attempt, watchdog)
+        except RuntimeError as error:
+            if distributed.lost_a_device(error):
+                if isinstance(error, distributed.FaultElsewhere):
+                    what = f"the device of another rank failed ({' '.join(str(error).split())})"
+                else:  # rank 0 alone reports what is raised
+                    where = f"of rank {ranks.rank} on {socket.gethostname()}"
+                    what = f"the device {where} failed ({str(error).splitlines()[0]})"
+                    print(what, file=sys.stderr, flush=True)
+            elif distributed.lost_a_rank(error):
+                what = "another rank died or hangs"
+            else:
+                raise
+            whole = CheckpointFolder(run.checkpoints).latest() or "no checkpoint"
+            raise Requeue(f"{what}; {whole} is whole, go on with run.resume=auto") from error
+        finally:
+            distributed.stop()
 
 
-def _train(config: AnyTraining, run: RunFolder, changes: list[str], ranks: Ranks, stop: signals.StopRequest) -> None:
+def _train(
+    config: AnyTraining,
+    run: RunFolder,
+    changes: list[str],
+    ranks: Ranks,
+    stop: signals.StopRequest,
+    attempt: Attempt,
+    watchdog: Watchdog,
+) -> None:
     began = time.perf_counter()
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     folder = CheckpointFolder(run.checkpoints)
@@ -96,12 +134,14 @@ def _train(config: AnyTraining, run: RunFolder, changes: list[str], ranks: Ranks
     size = f"{parameter_count(task.model) / 1e6:.2f} M parameters"
     if config.model.trainable:
         size += f", of which {parameter_count(task.model, learning=True) / 1e6:.2f} M learn"
+    checks = preflight.check(config, task.model, ranks, run.checkpoints)
     if config.engine.activation_checkpointing:
         checkpoint_blocks(task.model.remat_blocks(), config.engine.checkpoint_every)
     engine = Engine(task.model.to(ranks.device), config.engine, config.batch, config.optim, ranks)
 
     clock = Clock()
     if goes_on:
+        watchdog.progress("restoring", extra=origin.patience)
         clock = _clock_of(saving.restore({MODEL: engine}, origin))
     elif config.run.resume == "must":
         raise UserError(f"run.resume=must, but {run.checkpoints} holds no checkpoint")
@@ -110,13 +150,20 @@ def _train(config: AnyTraining, run: RunFolder, changes: list[str], ranks: Ranks
     held_out = together(lambda: _open_held_out(config, ranks), ranks.device)
     keep = Retention(config.run.keep, config.run.keep_every, config.run.keep_best, task.score)
 
+    hosts = gather_json(socket.gethostname(), ranks.device)
     if ranks.is_main:
         run.claim(ranks.world)
+        attempt.begin(clock.step, ranks.world, len(set(hosts)))
         if run.replaced.is_file():
             drop_lines_after(run.replaced, clock.step)
         notes = [f"damaged checkpoint passed over: {fault}" for fault in origin.faults]
         notes += [f"changed on resume: {change}" for change in changes]
-        _announce(config, run, size, ranks, clock, [*notes, *taken, *loader.notes, str(plan_of(engine))])
+        ahead = [step for step in clock.passed_over if step > clock.step]
+        if ahead and any(change.startswith(("batch.size", "data.")) for change in changes):
+            notes.append(
+                f"steps {ahead[0]} to {ahead[-1]} will be passed over, now with other samples than spiked there"
+            )
+        _announce(config, run, size, ranks, clock, [*notes, *taken, *loader.notes, *checks, str(plan_of(engine))])
     writer = MetricsWriter(
         run.log, run.tensorboard, run.images, run.samples, enabled=ranks.is_main, from_step=clock.step
     )
@@ -125,64 +172,109 @@ def _train(config: AnyTraining, run: RunFolder, changes: list[str], ranks: Ranks
     speed.spend("start", time.perf_counter() - began)
     preview = config.preview if isinstance(config, LatentDiffusionTraining) else None
     replaced: list[Replacement] = []
-    stopping = False
 
+    events = EventLog(run.events, enabled=ranks.is_main)
+    guard = Guard(config.health, clock.guard)
+    pulse = Pulse(ranks, config.run.stall_timeout)
+    stopwatch = Stopwatch(ranks.device)
+    stragglers = Stragglers(hosts, config.health.straggler)
     seen = SampleLog(run.seen, ranks, clock.step) if config.run.log_samples else None
+    if on_any_rank([stop.signal > 0], ranks.device)[0]:
+        raise AskedToStop("asked to, before the first step; go on with run.resume=auto")
     with contextlib.closing(saving.Saver(folder, {MODEL: engine}, keep, ranks)) as saver:
         while clock.step < config.run.steps:
+            watchdog.progress("step", clock.step + 1)
             lr = learning_rate(config.optim, clock.samples, config.run.steps * config.batch.size)
+            passed_over = clock.step + 1 in clock.passed_over
+            losses: list[tuple[list[int], torch.Tensor]] = []
             for _ in range(engine.accumulation):
                 batch = speed.wait_for(batches)
-                if seen is not None:
-                    seen.add(clock.step + 1, batch)
-                loss, report = task.loss(engine, batch)
-                engine.backward(loss)
-                result = engine.step(lr)
-                means.add(report)
                 clock.taken += len(batch) * ranks.world
                 replaced += batch.replaced
+                if passed_over:
+                    continue
+                if seen is not None:
+                    seen.add(clock.step + 1, batch)
+                with stopwatch.running():
+                    loss, report = task.loss(engine, batch)
+                engine.backward(loss)
+                result = engine.step(lr, guard.limit)
+                means.add(report)
+                losses.append((batch.positions, loss.detach()))
             clock.step += 1
             clock.samples += config.batch.size
-            if not result.applied:
-                clock.skipped_steps.append(clock.step)
-            signals.expect_progress_within(config.run.stall_timeout)
+            if not passed_over and guard.see(clock.step, result.grad_norm):
+                if not result.applied:
+                    clock.skipped_steps.append(clock.step)
+                note_spike(events, clock.step, result, guard, losses, hosts, ranks)
 
+            everyone = pulse.beat(
+                Vitals(stop.signal, saver.failed, guard.must_go_back, stopwatch.take(), speed.waited_in_step())
+            )
+            stragglers.add(everyone)
             last = clock.step == config.run.steps
-            saving_now = last or clock.step % config.run.save_every == 0
+            spiked = any(vitals.spiked for vitals in everyone) or (last and guard.must_go_back)
+            if spiked or any(vitals.save_failed for vitals in everyone):
+                watchdog.progress("waiting for a checkpoint", clock.step, extra=saver.patience)
+                saver.wait()
+            if spiked:
+                go_back(config, folder, events, guard, clock.step, ranks)
+            stopping = max((vitals.stop for vitals in everyone), default=0)
+            attempt.now("training", clock.step, checkpoint=saver.newest)
+            saving_now = last or stopping > 0 or clock.step % config.run.save_every == 0
             if saving_now or clock.step % config.run.log_every == 0:
                 values = means.reduce()
                 clock.replaced += _list_replaced(run, clock.step, replaced, ranks)
                 values |= speed.report(clock.step, clock.taken, steps=config.run.steps)
-                values |= {"lr": lr, "grad_norm": result.grad_norm, "memory_gb": memory_gb(ranks.device)}
+                if not passed_over:
+                    values |= {"lr": lr, "grad_norm": result.grad_norm}
+                late, slow = stragglers.report()
+                values |= {"memory_gb": memory_gb(ranks.device), **late}
                 values |= {"skipped_steps": len(clock.skipped_steps), "replaced": clock.replaced}
                 writer.scalars(clock.step, values)
+                for fault in slow:
+                    events.add("straggler", clock.step, **fault)
                 if ranks.is_main:
                     _print_line(clock.step, config.run.steps, values)
+                known: dict[str, Any] = {name: values.get(name) for name in _BEATS}
+                attempt.now("training", **known)
                 _check_bad_fraction(config, run, clock)
-                stopping, failed = on_any_rank([stop.received, saver.failed], ranks.device)
-                if failed:
-                    saver.wait()
             scores: dict[str, float] = {}
-            if held_out is not None and (last or clock.step % config.validation.every == 0):
+            in_haste = stopping > 0 and not last  # whoever asked may not wait for more than a checkpoint
+            if held_out is not None and not in_haste and (last or clock.step % config.validation.every == 0):
+                attempt.now("validating")
                 with speed.paused("validation"):
-                    scores = _validate(task, engine, held_out, writer, clock.step)
-            if preview is not None and (last or clock.step % preview.every == 0):
+                    alive = functools.partial(watchdog.progress, "validation", clock.step)
+                    scores = validate(task, engine, held_out, writer, clock.step, alive)
+            due = preview is not None and not in_haste and (last or clock.step % preview.every == 0)
+            if due and (last or not on_any_rank([stop.signal > 0], ranks.device)[0]):
+                attempt.now("sampling")
+                watchdog.progress("preview", clock.step)
                 with speed.paused("preview"):
+                    assert preview is not None
                     assert isinstance(task, LatentDiffusionTask)
-                    _preview(preview, task, engine, writer, clock.step)
-            if saving_now or stopping:
+                    sample_preview(preview, task, engine, writer, clock.step)
+            if saving_now or clock.step % config.health.check_every == 0:
+                desync.check(engine, task.frozen_parts(), asdict(clock), hosts)
+            if saving_now:
+                attempt.now("saving")
+                watchdog.progress("saving", clock.step, extra=saver.patience)
                 with speed.paused("saving"):
-                    signals.expect_progress_within(config.run.stall_timeout + saver.patience)
                     clock.data = loader.state(gather_json(loader.take_finished(), ranks.device))
+                    clock.guard = guard.state()
                     state = {"clock": asdict(clock), "facts": task.facts(), "config": config.model_dump(mode="json")}
                     saver.save(saving.describe({MODEL: engine}, clock.step, scores=scores, **state))
                     if stopping or last:
                         saver.wait()
+                        attempt.now("saving", checkpoint=saver.newest)
             if stopping or last:
                 writer.scalars(clock.step, speed.spent())
-            if stopping and not last:
+            if in_haste:
                 writer.close()
-                raise Requeue(f"asked to, after step {clock.step}; everything is saved, go on with run.resume=auto")
+                by = signal.Signals(stopping).name
+                raise AskedToStop(
+                    f"asked to by {by}, after step {clock.step}; everything is saved, go on with run.resume=auto"
+                )
     writer.close()
 
 
@@ -249,41 +341,6 @@ def _open_held_out(config: AnyTraining, ranks: Ranks) -> Loader | None:
     )
 
 
-def _validate(task: Task, engine: Engine, held_out: Loader, writer: MetricsWriter, step: int) -> dict[str, float]:
-    """What validation gives with the live and with the averaged weights; the picture shows the averaged ones."""
-
-    def run() -> tuple[dict[str, float], Any]:
-        means = Means(engine.ranks.device)
-        with engine.evaluating():
-            sums, picture = task.validate(engine, held_out, held_out.samples)
-        means.add(sums)
-        return means.reduce(), picture
-
-    live, _ = run()
-    with engine.averaged_weights():
-        averaged, picture = run()
-    values = {f"validation/{name}": value for name, value in live.items()}
-    values |= {f"validation_ema/{name}": value for name, value in averaged.items()}
-    writer.scalars(step, values)
-    if picture is not None:
-        writer.image(step, "reconstructions", picture)
-    if engine.ranks.is_main:
-        shown = "  ".join(f"{name} {live[name]:.4f} (EMA {averaged[name]:.4f})" for name in live if "/" not in name)
-        print(f"validation at step {step}: {shown}", flush=True)
-    return values
-
-
-def _preview(
-    preview: PreviewConfig, task: LatentDiffusionTask, engine: Engine, writer: MetricsWriter, step: int
-) -> None:
-    """Sample the preview's captions with the averaged weights, by all ranks."""
-    ranks = engine.ranks
-    with engine.averaged_weights(), engine.evaluating():
-        clips_BTHWC = task.preview(engine, preview, ranks.rank, ranks.world)
-    everyones_BTHWC = gather_rows(clips_BTHWC.to(ranks.device)).cpu().numpy()
-    writer.clips(step, everyones_BTHWC[: len(preview.prompts)], preview.prompts, preview.fps)
-
-
 def _check_bad_fraction(config: AnyTraining, run: RunFolder, clock: Clock) -> None:
     # Some patience at the start, where a single bad sample is a large fraction.
     allowed = config.data.max_bad_fraction * max(clock.taken, 1000)
@@ -307,56 +364,6 @@ def _list_replaced(run: RunFolder, step: int, replaced: list[Replacement], ranks
     return len(lines)
 
 
-class Speedometer:
-    """Rates since the last report, leaving out what it is `paused` for, and where the time went."""
-
-    def __init__(self, step: int, samples: int) -> None:
-        self._spent: dict[str, float] = {}
-        self._step, self._samples = step, samples
-        self._since = time.perf_counter()
-        self._waited = 0.0
-
-    def wait_for(self, loader: Iterator[Any]) -> Any:
-        """The next micro-batch; the time until it is there counts as waiting for data."""
-        begin = time.perf_counter()
-        batch = next(loader)
-        self._waited += time.perf_counter() - begin
-        return batch
-
-    def report(self, step: int, samples: int, steps: int) -> dict[str, float]:
-        """Rates at ``step`` of ``steps``, which all ranks took ``samples`` to reach, and a new beginning."""
-        seconds = time.perf_counter() - self._since
-        values = {
-            "samples_per_second": (samples - self._samples) / seconds,
-            "data_wait_fraction": self._waited / seconds,
-            "seconds_left": (steps - step) * seconds / (step - self._step),
-        }
-        self.spend("training", seconds - self._waited)
-        self.spend("data_wait", self._waited)
-        self._step, self._samples, self._waited = step, samples, 0.0
-        self._since = time.perf_counter()
-        return values | self.spent()
-
-    @contextlib.contextmanager
-    def paused(self, name: str) -> Iterator[None]:
-        """Leave the time inside the block out of the rates; it goes into ``name``."""
-        begin = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - begin
-        self._since += seconds
-        self.spend(name, seconds)
-
-    def spend(self, name: str, seconds: float) -> None:
-        """Count seconds as gone into ``name``."""
-        self._spent[name] = self._spent.get(name, 0.0) + seconds
-
-    def spent(self) -> dict[str, float]:
-        """Seconds by what they went into since the last call, as ``seconds/NAME``."""
-        taken = {f"seconds/{name}": seconds for name, seconds in self._spent.items()}
-        self._spent.clear()
-        return taken
-
-
 def _announce(config: AnyTraining, run: RunFolder, size: str, ranks: Ranks, clock: Clock, notes: list[str]) -> None:
     for note in notes:
         print(note, flush=True)
@@ -371,8 +378,11 @@ def _announce(config: AnyTraining, run: RunFolder, size: str, ranks: Ranks, cloc
 
 def _print_line(step: int, steps: int, values: dict[str, float]) -> None:
     left = timedelta(seconds=round(values["seconds_left"]))
+    learnt = "samples passed over"
+    if "loss" in values and "lr" in values:
+        learnt = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  grad {values['grad_norm']:.2f}"
     print(
-        f"step {step}/{steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  grad {values['grad_norm']:.2f}  "
-        f"{values['samples_per_second']:.1f} samples/s  data wait {values['data_wait_fraction']:.0%}  left {left}",
+        f"step {step}/{steps}  {learnt}  {values['samples_per_second']:.1f} samples/s  "
+        f"data wait {values['data_wait_fraction']:.0%}  left {left}",
         flush=True,
     )

@@ -4,6 +4,9 @@ config.yaml          the resolved config of the last start
 environment.json     versions, git state, command and ranks of the last start
 log.jsonl            one line per log step
 replaced.jsonl       samples that others stand in for, with the reason
+events.jsonl         what went wrong, and what was done about it
+heartbeat.json       what it is doing now
+attempts.jsonl       when each start began, and how it ended
 seen/                samples of every step, if run.log_samples
 tensorboard/  images/  samples/  checkpoints/
 """
@@ -18,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lvdm.attempts import ATTEMPTS, futile_starts
 from lvdm.config import AnyTraining, dump_yaml, parse_training_config, read_tree
 from lvdm.errors import UserError
 from lvdm.storage import write_text
@@ -38,6 +42,7 @@ class RunFolder:
         self.checkpoints = config.run.checkpoints or str(self.path / "checkpoints")
         self.log = self.path / "log.jsonl"
         self.replaced = self.path / "replaced.jsonl"
+        self.events = self.path / "events.jsonl"
         self.seen = self.path / "seen"
         self.images = self.path / "images"
         self.samples = self.path / "samples"
@@ -49,7 +54,8 @@ class RunFolder:
         Returns:
             Changes against the config that the run had so far, as ``path: old -> new``; they apply from now on.
         Raises:
-            UserError: the folder holds another run, ``resume=must`` finds none, or a change is not allowed.
+            UserError: the folder holds another run, ``resume=must`` finds none, a change is not allowed, or too many
+            starts in a row came to nothing.
         """
         resume, held = self.config.run.resume, self.path / "config.yaml"
         if not held.is_file():
@@ -60,7 +66,18 @@ class RunFolder:
             return []
         if resume == "never":
             raise UserError(f"run.folder {self.path} already holds a run; go on with run.resume=auto or choose another")
-        return self.changes_from(read_tree(held), source=str(held))
+        changes = self.changes_from(read_tree(held), source=str(held))
+        self._refuse_another_futile_start()
+        return changes
+
+    def _refuse_another_futile_start(self) -> None:
+        count, last = futile_starts(self.path)
+        if count >= self.config.run.futile_starts:
+            listed = self.path / ATTEMPTS
+            raise UserError(
+                f"{self.path}: the last {count} starts ended before a new checkpoint, the last of them: {last}; find "
+                f"out why, mend it, then go on with a higher run.futile_starts, or rename {listed}, which lists them"
+            )
 
     def changes_from(self, tree: dict[str, Any], source: str) -> list[str]:
         """Changes against the config ``tree`` of ``source``, the run so far, as ``path: old -> new``.

@@ -29,8 +29,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from lvdm.checkpoint.folder import find_checkpoint
-from lvdm.errors import UserError
+from lvdm.checkpoint.folder import CheckpointFolder, newest_good
 from lvdm.train import loop
 from lvdm.train.sample_log import SampleLog
 from tests.ranks import Launch, run_ranks
@@ -173,15 +172,13 @@ def newest_step(root: Path) -> int:
     Raises:
         AssertionError: there is a damaged one under a valid name.
     """
-    try:
-        checkpoint, faults = find_checkpoint(root)
-    except UserError as error:
-        if "there is none" in str(error):
-            return 0
-        raise AssertionError(error) from None
-    assert faults == [], faults
-    checkpoint.close()
-    return checkpoint.manifest.step
+    folder = CheckpointFolder(root)
+    found, damaged = newest_good(map(folder.location, folder.names()), verify=True)
+    assert not damaged, damaged
+    if not found:
+        return 0
+    found[0].close()
+    return found[0].manifest.step
 
 
 def differences(one: Path, other: Path) -> list[str]:

@@ -72,7 +72,7 @@ def toy_tree(name: str, toy: Toy, folder: Path) -> dict[str, Any]:
 def run_all(trees: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Train them one after the other on this rank, in one process group: DeepSpeed keeps its groups for good."""
     ranks = distributed.start(60)
-    with mock.patch.multiple(distributed, start=lambda timeout: ranks, stop=lambda: None):
+    with mock.patch.multiple(distributed, start=lambda *_, **__: ranks, stop=lambda: None):
         said = {name: run(tree) for name, tree in trees.items()}
     distributed.stop()
     return said

@@ -24,25 +24,28 @@ from tests.ranks import Launch, run_ranks
 from tests.train import chaos
 from tests.train.runs import log_of, losses_of, run, samples_of, state_of, wait_for_step
 
+REMAT = {"engine__activation_checkpointing": True}
+"""Which changes no bit, so that not every run here needs it."""
+
 
 @pytest.fixture(scope="module")
 def straight(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps on two ranks in ZeRO-2, never stopped."""
     folder = tmp_path_factory.mktemp("straight") / "run"
-    run_ranks(run, 2, toy.diffusion(folder))
+    run_ranks(run, 2, toy.diffusion(folder, **REMAT))
     return folder
 
 
 def test_kill_and_resume_is_bit_for_bit_the_straight_run(toy: Toy, straight: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    tree = toy.diffusion(folder, run__save_every=3, run__steps=10**6)
+    tree = toy.diffusion(folder, run__save_every=3, run__steps=10**6, **REMAT)
     launch = Launch(run, 2, (tree,))
     wait_for_step(folder, 5)
     launch.kill()  # SIGKILL to both ranks, somewhere behind step 5
     assert (folder / "checkpoints" / "latest").read_text() in {"step-00000003", "step-00000006"}
     for newer in folder.glob("checkpoints/step-*[!3]"):
         newer.rename(newer.with_name(".out-of-the-way"))  # so that it goes on from step 3, however late the kill came
-    run_ranks(run, 2, toy.diffusion(folder))
+    run_ranks(run, 2, toy.diffusion(folder, **REMAT))
     assert_equal_state(folder, straight)
     assert losses_of(folder) == losses_of(straight)
     assert [line["step"] for line in log_of(folder)] == [1, 2, 3, 4, 5, 6]
