@@ -8,7 +8,7 @@ same place in the list. A job that was stopped goes on where it was when it is s
 are encoded again, and any number of processes, GPUs and nodes work on one --out (a path or URL that all see) when each
 starts the same command. As a SLURM array of 16 workers with a GPU each:
 
-    sbatch --array=0-15 --gpus=1 --wrap "python tools/encode_latents.py --config configs/t2v_256.yaml"
+    slurm/submit.sh --array=0-15 encode.sbatch --config configs/t2v_256.yaml
 
 New captions or another text encoder for latents that are there, to be read with them by `join`:
 

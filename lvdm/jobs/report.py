@@ -6,11 +6,13 @@ import base64
 import html
 import io
 import json
+import time
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from lvdm.attempts import read_attempts
 from lvdm.clip_folder import RECORD_NAME, read_record
 from lvdm.config import AnyTraining, dump_yaml, parse_training_config, read_tree, shard_folders
 from lvdm.data.index import open_index
@@ -27,6 +29,7 @@ _CHARTS = (
     ("Gradient norm", ("grad_norm",)),
     ("Learning rate", ("lr",)),
     ("Samples a second", ("samples_per_second",)),
+    ("Seconds a step of ranks' own work and waiting for data", ("ranks/",)),
     ("Memory of the main rank (GB)", ("memory_gb",)),
 )
 _LOGARITHMIC = ("Loss", "Gradient")
@@ -71,6 +74,7 @@ def write_report(run: Path, out: Path, samples: Sequence[Path] = (), scores: Pat
         *_pictures(run),
         _section("Curves", _charts(curves(lines))),
         _section("Where the time went", _times(lines)),
+        _section("Starts", _starts(run)),
         _section("Data", _data(config, lines, run)),
         _section("Versions", _table(environment)),
         _section("Config", f"<pre>{html.escape(dump_yaml(config))}</pre>"),
@@ -158,7 +162,7 @@ def charts(named: Curves) -> list[tuple[str, Curves]]:
         picked = {
             name: points
             for name, points in sorted(named.items())
-            if any(name == wanted or (wanted.endswith("_") and name.startswith(wanted)) for wanted in names)
+            if any(name == wanted or (wanted.endswith(("_", "/")) and name.startswith(wanted)) for wanted in names)
         }
         if picked:
             found.append((title, picked))
@@ -230,6 +234,17 @@ def _times(lines: Iterable[dict[str, Any]]) -> str:
         for name, value in sorted(seconds.items(), key=lambda item: -item[1])
     )
     return f"<table>{rows}</table>"
+
+
+def _starts(run: Path) -> str:
+    """When each start of the run began, where, and how it ended."""
+    titles = ("", "began (UTC)", "host of rank 0", "ranks", "from step", "to step", "how it ended")
+    rows = ["".join(f"<th>{title}</th>" for title in titles)]
+    for start in read_attempts(run):
+        began = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(start.started))
+        known = (start.attempt, began, start.host, start.ranks, start.from_step, start.step, start.how)
+        rows.append("".join(f"<td>{html.escape('' if value is None else str(value))}</td>" for value in known))
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
 
 def _data(config: AnyTraining, lines: Sequence[dict[str, Any]], run: Path) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lvdm.attempts import read_attempts
 from lvdm.clip_folder import read_clip, read_record
 from lvdm.config import parse_training_config
 from lvdm.errors import UserError
@@ -101,6 +102,8 @@ def test_the_page_holds_all_of_a_run_in_one_file(previewed: Path, tmp_path: Path
     assert text.count("<svg") >= 5
     for wanted in ("50% (40% - 60%)", "Where the time went", "ZeRO-3", "temporal_length: 2", "samples seen", "torch"):
         assert wanted in text, wanted
+    (started,) = read_attempts(previewed)
+    assert f"<td>{started.host}</td><td>2</td><td>0</td><td>4</td><td>finished</td>" in text
     assert not re.search(r'(src|href)="(?!data:|#)', text), "the page needs another file"
 
     write_losses(previewed, tmp_path / "losses.png")
