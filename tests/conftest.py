@@ -76,7 +76,7 @@ class Toy:
             },
             "text": {"name": MINILM, "max_length": 16},
             "optim": {"lr": 1e-3, "ema_decay": 0.9},
-            "engine": {"zero_stage": 2, "precision": "fp32", "activation_checkpointing": True},
+            "engine": {"zero_stage": 2, "precision": "fp32", "activation_checkpointing": False},
         }
         return changed(tree, changes)
 

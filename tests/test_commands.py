@@ -14,27 +14,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lvdm.config import parse_training_config
-from lvdm.config.base import dump_yaml
+from tests.commands import ROOT, call, write_config
 from tests.conftest import Toy
 from tests.train.runs import wait_for_step
 
-ROOT = Path(__file__).resolve().parents[1]
 TRAIN = str(ROOT / "launch/train.py")
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
-BIN = str(Path(sys.executable).parent)
+ENV = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
-def call(*command: str, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """Run a command with the virtual environment's programs first."""
-    env = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
-
-
-def write_config(tree: dict, path: Path) -> str:
-    """A config tree as a YAML file."""
-    path.write_text(dump_yaml(parse_training_config(tree, source="test")))
-    return str(path)
+def start(*command: str, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run a command in a new interpreter, with the virtual environment's programs first."""
+    return subprocess.run(command, cwd=cwd, env=ENV, capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +49,7 @@ def write_config(tree: dict, path: Path) -> str:
         (("tools/import_checkpoint.py", "nowhere", "out", "--scaling", "2"), "'2' is not of the form SCALE,SHIFT"),
         (("tools/index_shards.py", "nowhere"), "nowhere"),
         (("tools/encode_latents.py", "--config", QUICKSTART), "demo/shards/shapes/train"),
+        (("tools/runs.py", "nowhere"), "runs: error: "),
         (("tools/report.py", "nowhere"), "report: error: nowhere is no run folder: it has no config.yaml"),
         (("tools/show_config.py",), "show_config: error: give a config to show, or --reference"),
         (("tools/make_shards.py", "folder", "--videos", "nowhere", "--out", "out"), "nowhere"),
@@ -67,7 +59,7 @@ def write_config(tree: dict, path: Path) -> str:
 def test_bad_input_is_said_once_with_exit_code_2_and_leaves_nothing(
     tmp_path: Path, command: tuple[str, ...], message: str
 ) -> None:
-    done = call(sys.executable, str(ROOT / command[0]), *command[1:], cwd=tmp_path)
+    done = call(*command, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count(message) == 1, done.stderr
     assert "Traceback" not in done.stderr
@@ -77,9 +69,9 @@ def test_bad_input_is_said_once_with_exit_code_2_and_leaves_nothing(
 def test_under_the_launcher_bad_input_is_said_once_and_not_per_rank(toy: Toy, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    tree = toy.diffusion(tmp_path / "run", data__kind="video", data__video={"shards": [str(empty)], "clip": toy.clip})
+    tree = toy.autoencoder(tmp_path / "run", batch__micro=1, data__video={"shards": [str(empty)], "clip": toy.clip})
     config = write_config(tree, tmp_path / "config.yaml")
-    done = call("deepspeed", "--num_gpus", "2", TRAIN, "--config", config, cwd=tmp_path)
+    done = start("deepspeed", "--num_gpus", "2", TRAIN, "--config", config, cwd=tmp_path)
     said = done.stdout + done.stderr
     assert said.count("train: error: ") == 1, said
     assert f"{empty}" in said
@@ -88,12 +80,30 @@ def test_under_the_launcher_bad_input_is_said_once_and_not_per_rank(toy: Toy, tm
     assert not (tmp_path / "run").exists()
 
 
+def test_the_launcher_asks_one_rank_after_another_and_they_save_together(toy: Toy, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    tree = toy.autoencoder(folder, run__steps=10**6, batch__size=4, validation__shards=[])
+    config = write_config(tree, tmp_path / "config.yaml")
+    command = ["deepspeed", "--num_gpus", "2", TRAIN, "--config", config]
+    run = subprocess.Popen(command, cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        wait_for_step(folder, 2)
+        (launcher,) = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        os.kill(int(launcher), signal.SIGTERM)
+        said, _ = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert "train: stopped: asked to by SIGTERM, after step" in said
+    stopped_at = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["step"]
+    assert (folder / "checkpoints" / "latest").read_text() == f"step-{stopped_at:08d}"
+
+
 def test_a_signal_to_all_processes_of_a_run_saves_it(toy: Toy, tmp_path: Path) -> None:
     """As SLURM warns of a time limit: loader workers and their helpers get the signal too."""
     folder = tmp_path / "run"
     tree = toy.diffusion(folder, data__workers=1, run__steps=10**6)
     command = [sys.executable, TRAIN, "--config", write_config(tree, tmp_path / "config.yaml")]
-    run = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    run = subprocess.Popen(command, cwd=tmp_path, env=ENV, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         wait_for_step(folder, 2)
         os.killpg(run.pid, signal.SIGUSR1)
@@ -101,7 +111,7 @@ def test_a_signal_to_all_processes_of_a_run_saves_it(toy: Toy, tmp_path: Path) -
     finally:
         run.kill()
     assert run.returncode == 85, said
-    assert "train: stopped: asked to, after step" in said
+    assert "train: stopped: asked to by SIGUSR1, after step" in said
     stopped_at = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["step"]
     assert (folder / "checkpoints" / "latest").read_text() == f"step-{stopped_at:08d}"
 
@@ -109,7 +119,8 @@ def test_a_signal_to_all_processes_of_a_run_saves_it(toy: Toy, tmp_path: Path) -
 def test_a_signal_while_torch_is_imported_is_remembered(toy: Toy, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     config = write_config(toy.diffusion(folder, run__steps=10**6), tmp_path / "config.yaml")
-    run = subprocess.Popen([sys.executable, TRAIN, "--config", config], stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    command = [sys.executable, TRAIN, "--config", config]
+    run = subprocess.Popen(command, cwd=tmp_path, env=ENV, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 60
         while "libtorch" not in Path(f"/proc/{run.pid}/maps").read_text():
@@ -120,11 +131,12 @@ def test_a_signal_while_torch_is_imported_is_remembered(toy: Toy, tmp_path: Path
     finally:
         run.kill()
     assert run.returncode == 85, said
-    assert (folder / "checkpoints" / "latest").read_text() == "step-00000001"
+    assert "train: stopped: asked to, before the first step" in said
+    assert not (folder / "checkpoints").exists()
 
 
 def test_demo_chain_at_toy_length(tmp_path: Path) -> None:
-    done = call(sys.executable, str(ROOT / "tools/demo.py"), "--toy", cwd=tmp_path, timeout=400)
+    done = start(sys.executable, str(ROOT / "tools/demo.py"), "--toy", cwd=tmp_path, timeout=400)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     demo = tmp_path / "demo"
     for made in (
@@ -146,10 +158,10 @@ def test_demo_chain_at_toy_length(tmp_path: Path) -> None:
     assert len(list((demo / "samples").glob("*.mp4"))) == len(list((demo / "samples").glob("*.gif"))) == 4
     sheet = np.asarray(Image.open(demo / "samples/contact_sheet.png"))
     assert sheet.std() > 5
-    again = call(sys.executable, str(ROOT / "tools/demo.py"), "--toy", cwd=tmp_path)
+    again = call("tools/demo.py", "--toy", cwd=tmp_path)
     assert again.returncode == 0
     assert again.stdout.count("already there") == 11
-    other = call(sys.executable, str(ROOT / "tools/demo.py"), cwd=tmp_path)
+    other = call("tools/demo.py", cwd=tmp_path)
     assert other.returncode == 2
     assert "demo was made by python tools/demo.py --toy; remove it to run another chain" in other.stderr
     scores = json.loads((demo / "scores.json").read_text())

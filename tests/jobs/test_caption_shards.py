@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,8 @@ from lvdm.data.writer import ShardSample, write_shard
 from lvdm.errors import UserError
 from lvdm.jobs.caption_shards import CaptionList, Sidecar, make_caption_shards, read_captions
 from lvdm.synthetic import combinations, render
+from tests.commands import call
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("00000", "00001", "part-b")
 PER_SHARD = 3
 
@@ -208,8 +206,7 @@ def test_the_command_line(shards: str, tmp_path: Path) -> None:
     path, out = tmp_path / "list.csv", str(tmp_path / "captions")
     path.write_text("key,blip,caption\n00000,seen,unused\n9,,\n")
     arguments = ["--file", str(path), "--shards", shards, "--out", out, "--caption-column", "blip"]
-    command = [sys.executable, str(ROOT / "tools/make_shards.py"), "captions", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    done = call("tools/make_shards.py", "captions", *arguments)
     assert done.returncode == 0, done.stderr
     assert f"{out}: 9 samples in 3 shards, 1 listed, 1 captions" in done.stdout
     assert "8 samples have no row, the first: 00000.tar 00001, " in done.stdout

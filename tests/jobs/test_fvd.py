@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from lvdm.jobs.fvd import Clips, fvd
 from lvdm.jobs.progress import silent
 from lvdm.media import write_mp4
 from lvdm.synthetic import combinations, render
-from tests.test_commands import ROOT, call
+from tests.commands import call
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_fvd_of_files_names_what_it_depends_on(folder: Path) -> None:
     done = call(
-        *(sys.executable, str(ROOT / "tools/evaluate.py"), "--metric", "fvd", "sampled.npy", "--real", "real"),
+        *("tools/evaluate.py", "--metric", "fvd", "sampled.npy", "--real", "real"),
         *("--i3d", "i3d.safetensors", "--frames", "9", "--size", "32", "--redraws", "2", "--out", "score.json"),
         cwd=folder,
     )

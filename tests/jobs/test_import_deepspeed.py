@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from lvdm.errors import UserError
 from lvdm.jobs.export import export_checkpoint
 from lvdm.jobs.import_deepspeed import Imported, import_deepspeed
 from lvdm.weights.native import read_model
+from tests.commands import call
 from tests.conftest import Toy
 from tests.engine import zero_cases
 from tests.engine.zero_cases import BATCH, LR, MODEL, OPTIM
@@ -126,8 +125,8 @@ def test_the_command_makes_a_run_that_training_and_export_take(
     config = tmp_path / "config.yaml"
     folder = tmp_path / "run"
     config.write_text(yaml.safe_dump(toy.diffusion(tmp_path / "elsewhere")))
-    command = [sys.executable, "tools/import_deepspeed.py", str(stock[0] / "toy"), str(folder), "--config", str(config)]
-    done = subprocess.run([*command, "--trust", "optim.lr=1e-4"], capture_output=True, text=True)
+    given = (stock[0] / "toy", folder, "--config", config, "--trust", "optim.lr=1e-4")
+    done = call("tools/import_deepspeed.py", *given)
     assert done.returncode == 0, done.stderr
     assert "ZeRO-2 on 2 ranks" in done.stdout
 

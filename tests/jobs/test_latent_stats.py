@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -36,10 +35,10 @@ from lvdm.data.writer import ShardSample, sample_key, write_shard
 from lvdm.errors import UserError
 from lvdm.jobs import latent_stats
 from lvdm.jobs.latent_stats import ChannelSums, check_same_autoencoder, measure, write_scaling
+from tests import commands
 from tests.conftest import Toy
 from tools.latent_stats import main
 
-ROOT = Path(__file__).resolve().parents[2]
 C = 3
 VAE = LatentVAE(kind="lvdm", name="somewhere", sha256="ab" * 32)
 INFO = LatentSetInfo(
@@ -326,13 +325,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools/latent_stats.py"), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=60,
-    )
+    done = commands.call("tools/latent_stats.py", tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith(f"latent_stats: error: {tmp_path} holds no latents")
     assert len(done.stderr.splitlines()) == 1

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -21,8 +19,7 @@ from lvdm.data.index import open_index
 from lvdm.errors import UserError
 from lvdm.jobs.make_shards import Source, footage, make_shapes, make_video_shards, read_folder, read_list
 from lvdm.synthetic import HELD_OUT, caption, combinations, render
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.commands import call
 
 
 def video(number: int = 0, frames: int = 24, size: int = 32, fps: float = 8.0) -> bytes:
@@ -255,25 +252,19 @@ def test_footage_is_cut_scene_by_scene(tmp_path: Path) -> None:
     assert np.std(clip) > 20
 
 
-def tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / name), *arguments], capture_output=True, text=True, cwd=ROOT, timeout=60
-    )
-
-
 def test_the_command_line(folder: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
-    done = tool("make_shards.py", "folder", "--videos", str(folder), "--out", out)
+    done = call("tools/make_shards.py", "folder", "--videos", str(folder), "--out", out)
     assert done.returncode == 0, done.stderr
     assert f"{out}: 2 clips in 1 shards" in done.stdout
     assert "1 videos could not be read" in done.stdout
     assert "b.mp4: " in done.stdout
     assert "1 of 3 videos have no caption" in done.stdout
-    again = tool("make_shards.py", "folder", "--videos", str(folder), "--out", out)
+    again = call("tools/make_shards.py", "folder", "--videos", str(folder), "--out", out)
     assert again.returncode == 2
     assert again.stderr == f"make_shards: error: {out} already holds shards; delete it or choose another folder\n"
     (tmp_path / "out/index.arrow").unlink()
-    indexed = tool("index_shards.py", out)
+    indexed = call("tools/index_shards.py", out)
     assert indexed.returncode == 0
     assert indexed.stdout.endswith(f"{out}: 2 samples in 1 shards\n")
     assert len(open_index([out])) == 2

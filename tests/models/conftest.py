@@ -27,15 +27,6 @@ from tests.models.formula import (
 )
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The tests' tensors are too small for threads to pay."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def autoencoder() -> VideoAutoencoder:
     """Weights by formula: none of them zero."""
