@@ -40,7 +40,7 @@ class Cluster:
             "SLURM_SANDBOX_OWNER": str(os.getpid()),
             "SLURM_SANDBOX_KILLWAIT": "20",
             "SLURM_SANDBOX_GRACE": "60",
-            "SLURM_SANDBOX_DOWN": "20",
+            "SLURM_SANDBOX_DOWN": "40",
             "SLURM_SANDBOX_MAX_S": "2400",
             "SLURM_SANDBOX_CONF": _CONF,
         }

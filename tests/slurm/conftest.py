@@ -23,7 +23,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """Skips where SLURM cannot be started, unless LVDM_REQUIRE_SLURM says that it must (.ci/run)."""
-    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # pytest's are too long for sockets
+    # in memory, where it can be: SLURM answers nobody while it saves its state, and checkpoints keep the disk busy
+    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir=next(filter(os.path.isdir, ("/dev/shm", "/tmp")))))
     try:
         started = Cluster(folder)
     except Unavailable as reason:
