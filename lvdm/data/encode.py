@@ -30,7 +30,8 @@ def encode_mp4(frames_THWC: np.ndarray | Iterable[np.ndarray], fps: float, crf: 
         video = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         video.codec_context.thread_count = 1  # the bytes do not depend on the machine
         video.width, video.height, video.pix_fmt = width, height, "yuv420p"
-        video.options = {"crf": str(crf), "preset": "veryfast"}
+        # x264's macroblock tree reads memory that it did not set: the same frames gave other bytes
+        video.options = {"crf": str(crf), "preset": "veryfast", "x264-params": "mbtree=0"}
         for frame in itertools.chain([first], frames):
             container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(video.encode())

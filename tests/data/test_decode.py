@@ -412,6 +412,17 @@ def test_an_encoded_shape_comes_back() -> None:
     assert abs(back.astype(float) - frames).mean() < 3
 
 
+def test_equal_frames_are_encoded_to_equal_bytes_whatever_memory_holds() -> None:
+    random = np.random.default_rng(0)
+    for number in range(8):
+        frames = render(combinations()[number], number, frames=6, size=32)
+        encoded = set()
+        for _ in range(30):
+            random.integers(255, size=random.integers(1000, 300_000), dtype=np.uint8)  # left to the encoder, unset
+            encoded.add(encode_mp4(frames, 8))
+        assert len(encoded) == 1
+
+
 @pytest.mark.parametrize("kept", [0.02, 0.5, 0.9, 0.995])
 def test_a_file_that_is_cut_off_is_bad(b_frames: bytes, kept: float) -> None:
     with pytest.raises(BadSample):
