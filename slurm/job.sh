@@ -1,8 +1,9 @@
-# What all batch scripts share: they source this file, call `run COMMAND...` or `run_ranks COMMAND...`, then `finish`.
+# What all batch scripts share: they source this file, call `run COMMAND...`, `run_ranks COMMAND...` or `run_into`, then
+# `finish`.
 #
-# The command is run by one srun, from the environment that slurm/settings.sh describes. When it
-# ends, its exit code decides (see the table in slurm/README.md): 0 is done; 85, 86 and death by a signal requeue the
-# job, which goes on where it was; anything else is the job's own exit code.
+# The command is run by one srun, from the environment that slurm/settings.sh describes. When it ends, its exit code
+# decides (see the table in slurm/README.md): 0 is done; 85, 86 and death by a signal requeue the job, which goes on where
+# it was, or begins anew at most BEGINS_ANEW times; anything else is the job's own exit code.
 #
 # The traps set variables and nothing more: bash 5.2 can die of a command substitution in a trap that another signal
 # interrupts, which `scontrol requeue` sends.
@@ -10,6 +11,9 @@
 set -uo pipefail
 
 : "${SLURM_JOB_ID:?start this with sbatch}" "${LVDM_HOME:=$SLURM_SUBMIT_DIR}"
+warned='' ended='' asked='' job='' state=''
+trap 'warned=1' USR1 # --signal=B:USR1 reaches this script alone
+trap 'ended=1' TERM # the tasks get it too and save; the script must outlive them
 # sbatch hands on the submitting shell's variables; of a run that was started there, these would lead all jobs to one port.
 unset MASTER_ADDR MASTER_PORT RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
 # shellcheck source=slurm/settings.sh
@@ -20,28 +24,55 @@ THIS_JOB=$SLURM_JOB_ID
 [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || THIS_JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 RESTARTS=${SLURM_RESTART_COUNT:-0}
 
+# What srun says when it is not the tasks that failed: a node, the network, SLURM's controller, munge.
+PASSING='Task launch|Node failure|Socket timed out|Communication connection failure|Unable to confirm allocation|Unable to '
+PASSING+='contact slurm controller|authentication error'
+SLURMS="SLURM has ended the job and requeues it unless it was cancelled"
+
 say() { # TEXT: a line in the job's log
     printf '%(%F %T)T %s %s: %s\n' -1 "$SLURM_JOB_NAME" "$THIS_JOB" "$*"
 }
-
-warned='' # --signal=B:USR1 reaches this script alone
-trap 'warned=1' USR1
-ended='' asked='' job='' state=''
-trap 'ended=1' TERM # the tasks get it too and save; the script must outlive them
 
 run() { # COMMAND...: once, with its output in the job's log; sets code
     launch 1 1 '' "$@"
 }
 
 run_ranks() { # COMMAND...: as the ranks a node that were asked for, else one on each GPU, with a log each; sets code
-    launch "$SLURM_JOB_NUM_NODES" "${SLURM_NTASKS_PER_NODE:-${LVDM_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}}" \
+    launch "$SLURM_JOB_NUM_NODES" "${LVDM_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}" \
         "logs/$SLURM_JOB_NAME-$THIS_JOB" "$@"
 }
 
+run_into() { # OUT I COMMAND...: run it with another path as its word I, which becomes OUT when it is whole; sets code
+    # Begun anew, the job neither goes on with half of it nor takes for its own what somebody else made.
+    local out=${1%/} i=$2 command=("${@:3}") part
+    part=$(dirname -- "$out")/.part-$SLURM_JOB_ID
+    if [[ ! -e $part/whole ]]; then
+        if [[ -e $out ]]; then
+            say "$out is there already; remove it or choose another"
+            exit 2
+        fi
+        rm -rf -- "$part"
+        mkdir -p -- "$part" || exit 2
+        command[i]=$part/${out##*/}
+        run "${command[@]}"
+        ((code != 0)) || touch -- "$part/whole"
+    fi
+    if [[ -e $part/whole ]]; then # an earlier start may have been killed before it moved it, or after
+        code=0
+        [[ ! -e $part/${out##*/} ]] || mv -T -- "$part/${out##*/}" "$out" || code=2
+    fi
+    rm -rf -- "$part"
+}
+
 launch() { # NODES TASKS_A_NODE FOLDER_OF_LOGS COMMAND...
-    local nodes=$1 tasks=$2 logs=$3 cpus messages='' errors=2 output=()
+    local nodes=$1 tasks=$2 logs=$3 cpus=0 each log messages output size
+    local -A sizes=() # of the logs before this start, which are appended to
     shift 3
-    cpus=${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / tasks))}
+    for each in ${SLURM_JOB_CPUS_PER_NODE//,/ }; do # such as 8(x2),4; the smallest node must do
+        each=${each%(*}
+        ((cpus > 0 && cpus <= each)) || cpus=$each
+    done
+    cpus=${SLURM_CPUS_PER_TASK:-$((cpus / tasks))}
     ((cpus > 0)) || cpus=1
     # srun would take these from the job, against what it is told here
     unset SLURM_CPUS_PER_GPU SLURM_NTASKS SLURM_NPROCS
@@ -50,27 +81,38 @@ launch() { # NODES TASKS_A_NODE FOLDER_OF_LOGS COMMAND...
         "${SLURM_GPUS_ON_NODE:-no} GPUs a node"
     if [[ -n $logs ]]; then
         mkdir -p "$logs"
+        while read -r size log; do sizes[$log]=$size; done < <(stat -c '%s %n' "$logs"/rank-*.log 2>/dev/null)
         messages=$logs/srun-$RESTARTS.log
-        exec {errors}>"$messages"
         output=(--output="$logs/rank-%4t.log" --error="$logs/rank-%4t.log")
         say "each rank's output is in $logs"
+    else
+        messages=$(mktemp)
+        output=(--output=/dev/stdout) # of the task, so that on stderr there is srun alone
     fi
     # --kill-on-bad-exit: a rank that fails ends the others, which might wait for it
     # --export: tasks get PATH and settings even if the job was submitted with --export=NONE
     srun --kill-on-bad-exit=1 --export=ALL --distribution=block --open-mode=append --nodes="$nodes" \
         --ntasks=$((nodes * tasks)) --ntasks-per-node="$tasks" --cpus-per-task="$cpus" "${output[@]}" \
-        "${CONTAINER[@]}" "${COMMAND[@]}" 2>&"$errors" &
+        "${CONTAINER[@]}" "${COMMAND[@]}" 2>"$messages" &
     wait_for $!
-    if [[ -n $messages ]] && ((code != 0)); then
+    if ((code != 0)); then
         cat "$messages"
         cause_in "$messages"
-        # faulthandler, which stands behind the watchdog, ends a rank whose Python cannot run, and can only do so with 1
-        if ((code == 1)) && tail -q -n 300 "$logs"/rank-*.log | grep -qE '^Timeout \([0-9:.]+\)!$'; then
-            code=86
-        fi
-        echo "the last lines of $logs/rank-0000.log:"
-        tail -n 5 "$logs/rank-0000.log"
     fi
+    if [[ -z $logs ]]; then
+        rm -f "$messages"
+    elif ((code != 0)); then
+        # faulthandler, which stands behind the watchdog, ends a rank whose Python cannot run, and can only do so with 1
+        ((code != 1)) || ! said_now "$logs"/rank-*.log | grep -E '^Timeout \([0-9:.]+\)!$' >/dev/null || code=86
+        printf -v log '%s/rank-%04d.log' "$logs" "$rank"
+        echo "the last lines of $log:"
+        said_now "$log" | tail -n 5
+    fi
+}
+
+said_now() { # LOG...: what this start wrote to them
+    local log
+    for log; do [[ ! -f $log ]] || tail -c "+$((${sizes[$log]:-0} + 1))" "$log"; done
 }
 
 enter_environment() { # COMMAND...: sets COMMAND to what srun runs, and CONTAINER to its options
@@ -100,51 +142,50 @@ enter_environment() { # COMMAND...: sets COMMAND to what srun runs, and CONTAINE
     esac
 }
 
-wait_for() { # PID: until it is gone; sets code to its exit code
-    # wait returns 128+n at each signal to this script, too
-    [[ -z $warned ]] || kill -USR1 $$ # it came before there was anybody to tell; now it interrupts the wait
-    while wait "$1"; code=$?; ((code > 128)) && kill -0 "$1" 2>/dev/null; do
+wait_for() { # PID: until it is gone, and do meanwhile what signals to this script ask for; sets code to its exit code
+    # A signal interrupts wait; the sleep is for those that come while nobody waits.
+    while sleep 5 & wait -n "$1" "$!"; kill -0 "$1" 2>/dev/null; do
         if [[ -n $warned ]]; then
-            warned=''
             say "SLURM warns of the end; the tasks are told"
-            scancel --signal=USR1 "$THIS_JOB"
+            ! scancel --signal=USR1 "$THIS_JOB" || warned='' # it fails while there are no tasks yet
         fi
         if [[ -n $ended ]]; then
-            # A time limit is no reason for SLURM to requeue, and KillWait later it kills this script with the tasks.
             ended=''
             look_at_job
-            [[ $job != *" Reason=TimeLimit "* ]] || ask_again "the time limit is reached"
+            # KillWait from now SLURM kills this script with the tasks.
+            ! left_to_us || ask_again "$why"
         fi
     done
-    local last
-    wait "$1" 2>/dev/null
-    last=$?
-    ((last == 127)) || code=$last # the loop's may be that of a signal which came as the last task ended
+    trap '' USR1 TERM # nobody is left to be told, and wait would give their number
+    wait "$1"
+    code=$?
 }
 
-cause_in() { # FILE: set code to that of the rank that failed first, from what srun said
+cause_in() { # FILE: what srun said; sets code to that of the rank that failed first, and rank to whose log says why
     # srun's own code is the highest of all: that of ranks it killed because another had failed.
     local line first='' codes=' '
+    rank=0
     while IFS= read -r line; do
-        if [[ $line =~ tasks?\ [0-9,-]+:\ Exited\ with\ exit\ code\ ([0-9]+) ]]; then
-            first=${first:-$line} codes+="${BASH_REMATCH[1]} "
-        elif [[ $line =~ tasks?\ [0-9,-]+:\ [A-Z] ]]; then # Killed, Terminated, Segmentation fault ...
-            first=${first:-$line}
-        elif [[ $line =~ Task\ launch|Node\ failure|Socket\ timed\ out|Communication\ connection\ failure ]]; then
-            first=${first:-$line}
+        if [[ $line =~ tasks?\ ([0-9]+)[0-9,-]*:\ [A-Z] ]]; then # Exited, Killed, Segmentation fault ...
+            [[ -n $first && $line != *' code 2' ]] || rank=${BASH_REMATCH[1]}
+            [[ $line != *': Exited with exit code '* ]] || codes+="${line##* } "
+        elif [[ ! $line =~ $PASSING ]]; then
+            continue
         fi
+        first=${first:-$line}
     done <"$1"
     [[ -z $first ]] || say "the first to end: ${first#srun: error: }"
-    case $first$codes in
-        *' 2 '*) code=2 ;; # bad input stays bad, whatever else happened
-        *': Killed '*) code=137 ;;
-        *task*': Exited '*' 1 '*) code=1 ;; # a fault of one rank, and the others lost it
-        *task*': Exited '*' 86 '*) code=86 ;;
-        *task*': Exited '*' 85 '*) code=85 ;;
-        *task*': Exited '*) code=${codes# } code=${code%% *} ;;
-        *task*': '*) ((code > 128)) || code=143 ;; # another signal
-        ?*' ') code=85 ;; # a node is gone
-    esac
+    if [[ $codes == *' 2 '* ]]; then
+        code=2 # bad input stays bad, whatever else happened
+    elif [[ $first == *': Killed'* ]]; then
+        code=137
+    elif [[ $first == *': Exited '* ]]; then # a fault of one rank, 1, and the others lost it
+        for code in 1 86 85 $codes; do [[ $codes != *" $code "* ]] || break; done
+    elif [[ $first =~ $PASSING ]]; then
+        code=85
+    elif [[ -n $first ]] && ((code <= 128)); then
+        code=143 # another signal
+    fi
 }
 
 finish() { # end the job as code says
@@ -166,11 +207,7 @@ finish() { # end the job as code says
 requeue() { # WHY
     [[ -z $asked ]] || return
     look_at_job
-    # What SLURM ended, it requeues itself, unless somebody cancelled it, and then asking would bring it back.
-    if [[ -n $state && $state != RUNNING && $job != *" Reason=TimeLimit "* ]]; then
-        say "$1 (exit code $code); SLURM has ended the job and requeues it unless it was cancelled"
-        return
-    fi
+    ! is_slurms || { say "$1 (exit code $code); $SLURMS"; return; }
     ask_again "$1 (exit code $code)"
 }
 
@@ -183,23 +220,38 @@ look_at_job() { # sets job to what SLURM says of it, and state; empty if it says
     state=${job##* JobState=} state=${state%% *}
 }
 
-ask_again() { # WHY
-    local try
+left_to_us() { # whether SLURM ended the job without requeueing it, and nobody cancelled it; sets why
+    local end=${job##* EndTime=}
+    case $job in
+        *" Reason=TimeLimit "*) why="the time limit is reached" ;;
+        # PreemptMode=CANCEL; at the start of a GraceTime it is earlier than the end, also of a job cancelled meanwhile
+        *" PreemptTime=${end%% *} "*) why="preempted" ;;
+        *) return 1 ;;
+    esac
+}
+
+is_slurms() { # whether SLURM has ended the job, and asking could bring back one that somebody cancelled
+    [[ -n $state && $state != RUNNING ]] && ! left_to_us
+}
+
+ask_again() { # WHY: once, whatever comes of it
+    local try most=${BEGINS_ANEW:-$LVDM_MAX_REQUEUES}
+    asked=1
     if [[ -n ${BEGINS_ANEW:-} && $job == *" Reason=TimeLimit "* ]]; then
         say "$1; not requeued, since it would begin anew: give a longer --time"
         return
     fi
-    if ((RESTARTS >= LVDM_MAX_REQUEUES)); then
-        say "$1; not requeued again after $RESTARTS times (LVDM_MAX_REQUEUES)"
+    ((most <= LVDM_MAX_REQUEUES)) || most=$LVDM_MAX_REQUEUES
+    if ((RESTARTS >= most)); then
+        say "$1; not requeued again after $RESTARTS times (${BEGINS_ANEW:+it begins anew; }LVDM_MAX_REQUEUES)"
         return
     fi
     say "$1; requeued"
     for try in 1 2 3 4 5; do
-        if scontrol requeue "$THIS_JOB"; then
-            asked=1
-            return
-        fi
+        ! scontrol requeue "$THIS_JOB" || return
         say "requeueing failed, attempt $try of 5"
         sleep $((try * 5))
+        look_at_job
+        ! is_slurms || { say "$SLURMS"; return; }
     done
 }

@@ -28,4 +28,4 @@ LVDM_CONTAINER_MOUNTS=                 # folders to show beside the checkout and
 # export NCCL_DEBUG=WARN
 
 # --- Requeueing. ------------------------------------------------------------------------------------------------------
-: "${LVDM_MAX_REQUEUES:=100}"          # starts of a job after its first; SLURM counts its own requeues too
+: "${LVDM_MAX_REQUEUES:=100}"          # starts of a job after its first, SLURM's own requeues too (slurm/README.md)

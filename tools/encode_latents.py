@@ -57,12 +57,12 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the config")
     arguments = parser.parse_intermixed_args()
     with command_line("encode_latents", ranks=False):
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, stop)
-        config = load_training_config(arguments.config, arguments.overrides)
-        if not isinstance(config, LatentDiffusionTraining) or config.data.video is None:
-            raise UserError(f"{arguments.config} must be a latent_diffusion config with data.video")
         try:
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, stop)
+            config = load_training_config(arguments.config, arguments.overrides)
+            if not isinstance(config, LatentDiffusionTraining) or config.data.video is None:
+                raise UserError(f"{arguments.config} must be a latent_diffusion config with data.video")
             encode_all(config, arguments)
         except Stopped as signalled:
             raise Requeue(f"{signalled}: the shards under way are given back") from None

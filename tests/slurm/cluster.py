@@ -1,4 +1,4 @@
-"""A SLURM of six nodes on this machine, started by sandbox.sh."""
+"""A SLURM of seven nodes on this machine, started by sandbox.sh."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ ROOT = Path(__file__).resolve().parents[2]
 _SANDBOX = str(Path(__file__).with_name("sandbox.sh"))
 # Jobs on nodes of their own do not hear of what happens to the others: power failures, preemption.
 _CONF = "\n".join(
-    f"PartitionName={name} Nodes={nodes} DefaultTime=10 MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE "
-    f"GraceTime=60 State=UP"
-    for name, nodes in (("first", "n[1-2]"), ("second", "n[3-4]"), ("third", "n[5-6]"))
+    f"PartitionName={name} Nodes={nodes} DefaultTime=10 MaxTime=INFINITE PriorityTier=1 {preemption} State=UP"
+    for name, nodes, preemption in (
+        ("first", "n[1-2]", "PreemptMode=REQUEUE GraceTime=60"),
+        ("second", "n[3-4]", "PreemptMode=REQUEUE GraceTime=60"),
+        ("third", "n[5-6]", "PreemptMode=REQUEUE GraceTime=60"),
+        ("given-up", "n7", "PreemptMode=CANCEL GraceTime=0"),
+    )
 )
 
 _OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE")
@@ -27,7 +31,7 @@ class Unavailable(Exception):
 
 
 class Cluster:
-    """The nodes n1 to n6; partitions debug and urgent of all, first, second and third of two nodes each."""
+    """The nodes n1 to n7; partitions debug and urgent of all, first, second and third of two each, given-up of one."""
 
     def __init__(self, folder: Path) -> None:
         """Start it. Raises `Unavailable` with the reason."""
@@ -35,7 +39,7 @@ class Cluster:
         self._env = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         self._env |= {
             "SLURM_SANDBOX_DIR": str(folder),
-            "SLURM_SANDBOX_NODES": "6",
+            "SLURM_SANDBOX_NODES": "7",
             "SLURM_SANDBOX_PORT": str(random.randrange(45000, 59000, 10)),
             "SLURM_SANDBOX_OWNER": str(os.getpid()),
             "SLURM_SANDBOX_KILLWAIT": "20",

@@ -37,12 +37,17 @@ class Case:
     requeues: int = 100
     minutes: int = 10
     """Time limit."""
+    options: tuple[str, ...] = ()
+    """More of sbatch's."""
 
 
 CASES = {
     "done": Case("true", ("COMPLETED", 0, "0:0"), "done", nodes=2),
     "bad-input-of-one-rank": Case(
-        "[[ $SLURM_PROCID = 0 ]] || exit 2; sleep 60", ("FAILED", 0, "2:0"), "failed with exit code 2; not", nodes=2
+        "[[ $SLURM_PROCID = 0 ]] || { echo no such file; exit 2; }; sleep 60",
+        ("FAILED", 0, "2:0"),
+        "rank-0001.log:\nno such file\n",
+        nodes=2,
     ),
     "fault-of-one-rank": Case(
         "[[ $SLURM_PROCID = 0 ]] || exit 1; exit 85", ("FAILED", 0, "1:0"), "failed with exit code 1; not", nodes=2
@@ -63,6 +68,18 @@ CASES = {
     "ctrl-c": Case("exit 130", ("FAILED", 0, "130:0"), "interrupted (exit code 130); not requeued"),
     "asked-to-stop": Case(AGAIN + "exit 85", ("COMPLETED", 1, "0:0"), "started again (exit code 85); requeued"),
     "hung": Case(AGAIN + "exit 86", ("COMPLETED", 1, "0:0"), "its watchdog ended it (exit code 86); requeued"),
+    "hung-then-a-fault": Case(  # the start that hung says much behind it; the next one appends to the same log
+        "[[ ${SLURM_RESTART_COUNT:-0} = 1 ]] || { echo 'Timeout (0:00:10)!'; seq 40000; }; exit 1",
+        ("FAILED", 1, "1:0"),
+        "failed with exit code 1; not requeued",
+    ),
+    "preempted-by-cancelling": Case(
+        AGAIN + SAVES,
+        ("COMPLETED", 1, "0:0"),
+        "preempted; requeued",
+        act=("bash", "-c", "sbatch -p urgent --nodelist=n7 --exclusive --output=/dev/null --wrap true"),
+        options=("--partition=given-up", "--exclusive"),
+    ),
     "one-rank-killed": Case(
         AGAIN + "[[ $SLURM_PROCID = 0 ]] || kill -KILL $$; sleep 60",
         ("COMPLETED", 1, "0:0"),
@@ -95,7 +112,7 @@ def jobs(
     ids = {
         name: cluster.call(
             *("sbatch", "--parsable", "--partition=third", f"--nodes={case.nodes}", f"--job-name={name}"),
-            f"--time={case.minutes}",
+            *(f"--time={case.minutes}", *case.options),
             *("job.sbatch", case.tasks),
             cwd=folder,
             LVDM_HOME=str(ROOT),
@@ -142,9 +159,12 @@ def test_settings_give_each_gpu_of_each_node_of_a_range_a_rank_in_the_container(
     (tmp_path / "apptainer").write_text(APPTAINER)
     (tmp_path / "apptainer").chmod(0o755)
     env = {"LVDM_SLURM_SETTINGS": str(tmp_path / "settings.sh")}
-    several = cluster.submit("--nodes=1-2", "train.sbatch", "my.yaml", cwd=tmp_path, **env)
+    # as a shell inside of another job has them
+    foreign = {"SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "0", "SLURM_RESTART_COUNT": "7"}
+    foreign |= {"SLURM_CPUS_PER_TASK": "5", "SLURM_GPUS_ON_NODE": "6", "SLURM_NTASKS_PER_NODE": "5"}
+    several = cluster.submit("--nodes=1-2", "train.sbatch", "my.yaml", cwd=tmp_path, **env, **foreign)
     one = cluster.submit("--array=7", "encode.sbatch", "--config", "my.yaml", cwd=tmp_path, **env)
-    none = cluster.submit("export.sbatch", "runs/mine", "mine", cwd=tmp_path, **env)
+    none = cluster.submit("--export=NONE", "export.sbatch", "runs/mine", "mine", cwd=tmp_path, **env)
     for job in (several, one, none):
         assert cluster.end_of(job, timeout=PATIENCE) == ("COMPLETED", 0, "0:0")
 
@@ -153,6 +173,7 @@ def test_settings_give_each_gpu_of_each_node_of_a_range_a_rank_in_the_container(
         said = (tmp_path / "logs" / f"lvdm-{several}" / f"rank-{rank:04d}.log").read_text()
         command = f"{inside}/launch/train.py --config my.yaml run.resume=auto"
         assert said == f"rank {rank} of 4, 3 CPUs, GPUs 0,1: {command}\n"
+    assert ": start 1: " in (tmp_path / f"slurm-lvdm-{several}.log").read_text()
     said = (tmp_path / f"slurm-encode-{one}_7.log").read_text()
     assert f"rank 0 of 1, 3 CPUs, GPUs 0: {inside}/tools/encode_latents.py --config my.yaml\n" in said
     said = (tmp_path / f"slurm-export-{none}.log").read_text()
@@ -178,7 +199,12 @@ def test_a_stage_that_fails_takes_the_later_ones_out_of_the_queue(cluster: Clust
     assert [line.split()[0] for line in begun.splitlines()[:2]] == ["fails-second", "fails-third"]
     said = cluster.call(pipeline, "fails.plan", "--from", "fourth", cwd=tmp_path, code=2, **env)
     assert said == "pipeline: error: fails.plan has no stage fourth"
-    (tmp_path / "refused.plan").write_text("stage first export.sbatch a b\nstage second --nodes=x export.sbatch a b\n")
-    said = cluster.call(pipeline, "refused.plan", cwd=tmp_path, code=2, **env)
-    assert said.endswith("pipeline: error: stage second was refused; the stages before it are cancelled")
+    said = cluster.call(pipeline, "fails.plan", "--from", "third", cwd=tmp_path, code=2, **env)
+    assert said == "pipeline: error: fails.plan has no stage third; it is beside second: give that"
+    assert "usage: " in cluster.call(pipeline, "fails.plan", "--from", "", cwd=tmp_path, code=2, **env)
+    for fault in ("stage second --nodes=x export.sbatch a b", "stag second export.sbatch a b"):
+        (tmp_path / "refused.plan").write_text(f"stage first export.sbatch a b\n{fault}\n")
+        said = cluster.call(pipeline, "refused.plan", cwd=tmp_path, code=2, **env)
+        line = 1 if "stag " in fault else 2
+        assert said.endswith(f"refused.plan is wrong in line {line} or behind it; none of its jobs is left")
     assert "refused-first" not in cluster.call("squeue", "--noheader", "--states=PENDING,RUNNING", "--format=%j")
