@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from lvdm.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, EXIT_STALLED, AskedToStop, Requeue, RolledBack, UserError
-from lvdm.storage import sync
+from lvdm.storage import append_json, sync
 
 HEARTBEAT, ATTEMPTS = "heartbeat.json", "attempts.jsonl"
 INTERRUPTED = 130
@@ -64,10 +64,17 @@ class Attempt:
         self._written_state, self._due = "", 0.0
         self._writing: threading.Thread | None = None
 
-    def begin(self, from_step: int, ranks: int, nodes: int) -> None:
-        """The run folder is this start's now: call it once the folder holds the run's config."""
-        self._facts = self._facts | {"step": from_step, "from_step": from_step, "ranks": ranks, "nodes": nodes}
-        if self._enabled:
+    def begin(self, from_step: int, ranks: int, nodes: int, checkpoint: str = "") -> None:
+        """The run folder is this start's: call it once the folder holds the run's config, and again if the start goes
+        on from another checkpoint than was thought.
+
+        Args:
+            checkpoint: that it goes on from; empty for none.
+        """
+        before = self._facts.get("from_step")
+        known = {"step": from_step, "from_step": from_step, "ranks": ranks, "nodes": nodes, "checkpoint": checkpoint}
+        self._facts = self._facts | known
+        if self._enabled and from_step != before:
             self._in_time(self._write_start)
             self.write()
 
@@ -118,7 +125,7 @@ class Attempt:
     # In a thread of their own, since a disk may hang.
 
     def _write_start(self) -> None:
-        self._number = _next_number(self._folder)
+        self._number = self._number or _next_number(self._folder)
         names = ("started", "host", "pid", "ranks", "nodes", "job", "restarts", "from_step", "steps")
         self._append({name: self._facts[name] for name in names})
         self._begun = True
@@ -142,11 +149,8 @@ class Attempt:
         return last.attempt + (not (ours and last.started > mine["started"] - _APART))
 
     def _append(self, line: dict[str, Any]) -> None:
-        path = self._folder / ATTEMPTS
-        with path.open("ab") as file:
-            text = json.dumps({"attempt": self._number} | line) + "\n"
-            file.write((("\n" if is_cut_short(path) else "") + text).encode())
-        sync(path)
+        append_json(self._folder / ATTEMPTS, {"attempt": self._number} | line)
+        sync(self._folder / ATTEMPTS)
 
     def _replace_heartbeat(self, facts: dict[str, Any]) -> None:
         values = {name: _plain(value) for name, value in facts.items()}
@@ -247,8 +251,10 @@ def read_attempts(folder: Path) -> list[Start]:
     for line in _read(folder / ATTEMPTS).splitlines():
         facts = _mapping(line)
         number = _whole(facts.get("attempt"))
-        if number is not None:
-            merged[number] = merged.get(number, {}) | facts
+        known = merged.get(number or 0, {})
+        # Who notes the end first knows why; a main rank that was stopped may note another when it goes on.
+        if number is not None and not ("ended" in known and "ended" in facts):
+            merged[number] = known | facts
     return [
         Start(
             attempt=number,
@@ -349,14 +355,6 @@ def _reason_of(error: BaseException | None) -> str:
 
 def _next_number(folder: Path) -> int:
     return max((start.attempt for start in read_attempts(folder)), default=0) + 1
-
-
-def is_cut_short(path: Path) -> bool:
-    """Whether a file's last line has no end, since a kill came while it was written."""
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 1))
-        return file.read(1) not in (b"\n", b"")
 
 
 def _read(path: Path) -> str:

@@ -56,9 +56,11 @@ def command_line(name: str, *, ranks: bool = True) -> Iterator[None]:
     """Run a main: a `UserError` becomes one line on stderr and exit code 2.
 
     Args:
-        ranks: processes started together are ranks of one run, which speaks through rank 0 alone.
+        ranks: processes started together are ranks of one run, which speaks through rank 0 alone. Under srun all speak,
+            since the fault may be of one node, and each rank may have a log of its own.
     """
-    speaks = not ranks or rank_from_environment() == 0
+    under_srun = "RANK" not in os.environ and "SLURM_PROCID" in os.environ
+    speaks = not ranks or under_srun or rank_from_environment() == 0
     try:
         yield
     except UserError as error:

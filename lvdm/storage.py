@@ -350,6 +350,29 @@ def read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
+def append_json(path: Path, *documents: Mapping[str, Any]) -> None:
+    """Add a line for each document to a file of lines; a last line that a kill has cut short is ended first."""
+    lines = "".join(json.dumps(document) + "\n" for document in documents)
+    with path.open("a+b") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        cut_short = file.read(1) not in (b"\n", b"")
+        file.write((("\n" if cut_short else "") + lines).encode())
+
+
+def place_of_run(place: str, folder: Path, started_as: str) -> str:
+    """A place that a run's config names: a URL, or a path, which counts from the folder that the run was started in.
+
+    Args:
+        folder: of the run, as it is reached from here.
+        started_as: the same, as the config has it; if it does not lead to ``folder``, the working folder counts.
+    """
+    if "://" in place:
+        return place
+    parts, here = Path(started_as).parts, folder.resolve().parts
+    leads = bool(parts) and not os.path.isabs(started_as) and here[-len(parts) :] == parts
+    return str(Path(*here[: -len(parts)], place) if leads else Path(place))
+
+
 def sha256_of(*paths: str | Path) -> str:
     """SHA-256, in hex, of the bytes of local files one after the other."""
     digest = hashlib.sha256()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -230,6 +231,21 @@ def test_starts_that_come_to_nothing_are_counted(folder: Path, starts: list[Any]
     for from_step, ending in starts:
         start(folder, from_step, ending)
     assert futile_starts(folder) == (count, last)
+
+
+def test_a_start_is_one_whatever_it_learns_of_its_step_and_of_its_end(folder: Path) -> None:
+    attempt = Attempt(folder, 100, enabled=True)
+    for step in (20, 20, 10):  # the newest checkpoint turned out to be damaged
+        attempt.begin(step, ranks=4, nodes=2, checkpoint=f"step-{step:08d}")
+    beat_until(attempt, folder, "checkpoint", "step-00000010")
+    (begun,) = read_attempts(folder)
+    assert (begun.from_step, begun.state) == (10, "killed")
+    assert len((folder / "attempts.jsonl").read_text().splitlines()) == 2
+    Attempt(folder, 100, enabled=False).stalled("no answer from rank 0")
+    with contextlib.suppress(Requeue), attempt:  # rank 0 goes on, and finds the others gone
+        raise Requeue("another rank died")
+    (ended,) = read_attempts(folder)
+    assert (ended.code, ended.how) == (86, "no answer from rank 0")
 
 
 def test_a_start_that_saved_something_was_not_futile(folder: Path) -> None:

@@ -26,7 +26,7 @@ from lvdm.checkpoint.manifest import Manifest
 from lvdm.checkpoint.reader import Checkpoint, step_name, step_of
 from lvdm.config import read_tree
 from lvdm.errors import Requeue, UserError
-from lvdm.storage import Missing, locate, persistently, sync, write_text
+from lvdm.storage import Missing, locate, persistently, place_of_run, sync, write_text
 
 LATEST, BEST = "latest", "best"
 CHECKPOINTS, CONFIG = "checkpoints", "config.yaml"
@@ -233,7 +233,7 @@ class CheckpointFolder:
         """
         names = self.names()
         older = [name for name in names if int(step_of(name) or 0) < before and name not in self._passed_over]
-        found, damaged = newest_good(map(self.location, older))
+        found, damaged = newest_good(map(self.location, older), verify=True)  # the newer ones go
         for fault in damaged.values():
             if isinstance(fault, Unreadable):  # it may be the one that is wanted
                 raise Requeue(f"cannot go back to a checkpoint before step {before}: {fault}")
@@ -442,25 +442,15 @@ def locate_checkpoints(path: str | Path) -> tuple[CheckpointFolder, str]:
 
 
 def _checkpoints_of_run(path: str, entries: list[str]) -> str:
-    """Where a run has its checkpoints, by its config; ``path`` itself if it holds no run.
-
-    A relative place counts from the folder that the run was started in.
-    """
+    """Where a run has its checkpoints, by its config; ``path`` itself if it holds no run."""
     config = f"{path}/{CONFIG}"
     if os.path.isfile(config):  # a run's folder is local
         run = read_tree(config).get("run")
         run = run if isinstance(run, dict) else {}
         place, started_as = str(run.get("checkpoints") or ""), str(run.get("folder") or "")
         if place:
-            return place if "://" in place else str(_start_of(Path(path).resolve(), Path(started_as)) / place)
+            return place_of_run(place, Path(path), started_as)
     return f"{path}/{CHECKPOINTS}" if CHECKPOINTS in entries else path
-
-
-def _start_of(here: Path, started_as: Path) -> Path:
-    """The folder from which ``started_as`` leads ``here``; the working folder if none does."""
-    parts = started_as.parts
-    leads = bool(parts) and not started_as.is_absolute() and here.parts[-len(parts) :] == parts
-    return Path(*here.parts[: -len(parts)]) if leads else Path()
 
 
 def _opened(location: str, verify: bool) -> Checkpoint:

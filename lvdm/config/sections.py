@@ -51,8 +51,8 @@ class RunConfig(Section):
     """Whether torch must compute the same bits every time, and may be slower for it: on GPUs some sums otherwise depend
     on which thread comes first. Runs on CPUs do in any case."""
     stall_timeout: Annotated[float, Field(gt=0)] = 1800
-    """Seconds without progress (a step, a start, a validation batch; a checkpoint has more by its size) after which
-    every rank prints its stacks and the run ends."""
+    """Seconds without progress (a step, a start, a validation batch, a preview's sampler step; a checkpoint has more by
+    its size) after which every rank prints its stacks and the run ends."""
     futile_starts: PositiveInt = 10
     """The run refuses to start after so many starts in a row that a kill or a fault ended before a new checkpoint: what
     requeues itself must have an end. A request to stop, a return from a spike or bad input begins the

@@ -68,6 +68,7 @@ def judge(config: AnyTraining, everyone: Sequence[Findings]) -> list[str]:
     _judge_versions(everyone, verdict)
     _judge_devices(config, everyone, verdict)
     nodes = list(_grouped(everyone, lambda one: str(one.node)).values())
+    _judge_places(nodes, verdict)
     _judge_memory(nodes, verdict)
     _judge_shared_memory(config, nodes, verdict)
     if verdict.faults:
@@ -95,6 +96,15 @@ def _judge_versions(everyone: Sequence[Findings], verdict: _Verdict) -> None:
         if len(groups) > 1:
             said = ", ".join(f"{value} ({_who(members)})" for value, members in groups.items())
             verdict.faults.append(f"{name} is not the same on all ranks: {said}; start all with the same one")
+
+
+def _judge_places(nodes: Sequence[Sequence[Findings]], verdict: _Verdict) -> None:
+    mixed = [node for node in nodes if len({one.host for one in node}) > 1]
+    for node in mixed[:1]:  # one stands for all
+        verdict.faults.append(
+            f"{_who(node)} are numbered as if they were on one node; number ranks node by node "
+            "(srun --distribution=block)"
+        )
 
 
 def _judge_devices(config: AnyTraining, everyone: Sequence[Findings], verdict: _Verdict) -> None:

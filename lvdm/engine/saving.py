@@ -245,7 +245,8 @@ class Resumption:
     @property
     def patience(self) -> float:
         """Seconds that reading the checkpoint may take, as if one slow node read all of it, before that is a hang."""
-        assert self.checkpoint is not None
+        if self.checkpoint is None:
+            return 0.0
         return sum(file.size for file in self.checkpoint.manifest.files.values()) / _SLOWEST
 
     def attempt(self, action: Callable[[Checkpoint], None]) -> None:

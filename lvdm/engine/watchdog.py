@@ -201,9 +201,16 @@ class _Line:
         return f"no answer from {server} on {self._place.host}; stopped, dead or cut off", True
 
     def run(self) -> None:
-        """Tell and listen until it is over, or the store is gone."""
-        with contextlib.suppress(torch.distributed.DistError, OSError):
-            self._run()
+        """Tell and listen until it is over, or the store is gone; a connection that breaks is made anew."""
+        while not self._over.is_set():
+            try:
+                self._run()
+            except ConnectionRefusedError:
+                return
+            except (torch.distributed.DistError, OSError):
+                self._over.wait(_BEAT)
+            else:
+                return
 
     def _run(self) -> None:
         address, port = self._place.address, self._place.port
@@ -283,5 +290,6 @@ def _short(path: str) -> str:
 
 
 def _say(line: str) -> None:
-    """Past Python's own buffers, whose locks the main thread may hold."""
-    os.write(_STDERR, f"{line}\n".encode())
+    """Past Python's own buffers, whose locks the main thread may hold; nobody may be listening any more."""
+    with contextlib.suppress(OSError):
+        os.write(_STDERR, f"{line}\n".encode())

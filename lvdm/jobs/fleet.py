@@ -24,7 +24,7 @@ import yaml
 
 from lvdm.attempts import ATTEMPTS, HEARTBEAT, Heartbeat, Start, read_attempts, read_heartbeat
 from lvdm.errors import UserError
-from lvdm.storage import locate
+from lvdm.storage import locate, place_of_run
 
 SILENT_AFTER = 120.0
 """Seconds without a heartbeat, of which there is one every few seconds, after which a run counts as gone."""
@@ -167,7 +167,10 @@ def _read_run(folder: Path, now: float) -> Run:
         run = _complete_from_log(run, folder)
     name = _pointer(_head(folder / "checkpoints" / "latest", _LONGEST_POINTER))
     if not name:
-        run = replace(run, checkpoints=str(_run_section(folder).get("checkpoints") or ""))
+        section = _run_section(folder)
+        place = str(section.get("checkpoints") or "")
+        if place:
+            run = replace(run, checkpoints=place_of_run(place, folder, str(section.get("folder") or "")))
         if run.checkpoints and "://" not in run.checkpoints:
             name = _pointer(_head(Path(run.checkpoints) / "latest", _LONGEST_POINTER))
     return replace(run, checkpoint=name or run.checkpoint)

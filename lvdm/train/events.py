@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from lvdm.attempts import is_cut_short
+from lvdm.storage import append_json
 
 
 class EventLog:
@@ -34,7 +33,6 @@ class EventLog:
         print(f"step {step}: {message}", flush=True)
         line = {"time": round(time.time(), 3), "step": step, "kind": kind, "message": message} | facts
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(("\n" if is_cut_short(self._path) else "") + json.dumps(line) + "\n")
+            append_json(self._path, line)
         except OSError as error:  # it is printed as well, and a full disk must not end a run
             print(f"cannot note it in {self._path}: {error.strerror}", file=sys.stderr, flush=True)

@@ -16,6 +16,7 @@ class _Memory:
     mean: float = 0.0
     variance: float = 0.0
     spikes: list[int] = field(default_factory=list)
+    clipped: int = 0
     rollbacks: int = 0
 
 
@@ -33,8 +34,8 @@ class Guard:
         """
         self._config = config
         self._memory = _Memory(**(state or {}))
-        self.first_spike = 0
-        """The first of those that `must_go_back` is about."""
+        self.spiked = range(0)
+        """The steps that `must_go_back` is about; the same ones for a run that was stopped before it could."""
         self._judge()  # a run may have been killed before it went back
 
     @property
@@ -50,6 +51,11 @@ class Guard:
         return self._memory.mean
 
     @property
+    def clipped(self) -> int:
+        """Steps so far whose norm was above `limit`."""
+        return self._memory.clipped
+
+    @property
     def rollbacks(self) -> int:
         """How often the run has gone back."""
         return self._memory.rollbacks
@@ -57,7 +63,7 @@ class Guard:
     @property
     def must_go_back(self) -> bool:
         """Whether as many steps as ``health.spike_steps`` have spiked in a row."""
-        return self.first_spike > 0
+        return len(self.spiked) > 0
 
     def see(self, step: int, norm: float) -> bool:
         """Take in the norm of a step's gradient before clipping, infinite if it was not; whether it is a spike."""
@@ -68,6 +74,7 @@ class Guard:
         if math.isfinite(norm):
             # the plain mean and variance at first, so that the beginning does not weigh more than its share
             decay = min(self._config.decay, memory.steps / (memory.steps + 1))
+            memory.clipped += norm > self.limit
             difference = min(norm, self.limit) - memory.mean
             memory.mean += (1 - decay) * difference
             memory.variance = decay * (memory.variance + (1 - decay) * difference**2)
@@ -75,8 +82,9 @@ class Guard:
         return spiked
 
     def _judge(self) -> None:
-        if 0 < self._config.spike_steps <= len(self._memory.spikes):
-            self.first_spike = self._memory.spikes[0]  # and stays, whatever comes until all ranks have heard of it
+        spikes, enough = self._memory.spikes, self._config.spike_steps
+        if 0 < enough <= len(spikes):  # stays, whatever comes until all ranks have heard of it
+            self.spiked = range(spikes[0], spikes[enough - 1] + 1)
 
     def state(self) -> dict[str, Any]:
         """What a later start needs; JSON."""

@@ -143,10 +143,20 @@ class LatentDiffusionTask:
                 total[name] = (before + value, counted + count)
         return total, None
 
-    def preview(self, network: Callable[..., Any], preview: PreviewConfig, rank: int, world: int) -> torch.Tensor:
+    def preview(
+        self,
+        network: Callable[..., Any],
+        preview: PreviewConfig,
+        rank: int,
+        world: int,
+        progress: Callable[[int, int], None],
+    ) -> torch.Tensor:
         """This rank's clips of ``preview.prompts``, uint8 ``BTHWC``: every ``world``-th from ``rank`` on.
 
         Every rank makes as many, since ZeRO-3 computes together; beyond the last prompt it starts again at the first.
+
+        Args:
+            progress: as that of `lvdm.inference.VideoModel.sample`.
         """
         assert self._vae is not None
         total = len(preview.prompts)
@@ -158,6 +168,7 @@ class LatentDiffusionTask:
             steps=preview.steps,
             guidance=preview.guidance,
             batch=self.config.batch.micro,
+            progress=progress,
         )
 
     def _loss_at(

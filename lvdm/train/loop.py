@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
+import math
 import signal
 import socket
 import sys
@@ -37,6 +37,7 @@ from lvdm.errors import AskedToStop, Requeue, UserError, rank_from_environment
 from lvdm.models.build import parameter_count
 from lvdm.models.remat import checkpoint_blocks
 from lvdm.models.trainable import freeze_all_but
+from lvdm.storage import append_json
 from lvdm.train.autoencoder import AutoencoderTask
 from lvdm.train.events import EventLog
 from lvdm.train.guard import Guard
@@ -128,6 +129,15 @@ def _train(
     goes_on = origin.checkpoint is not None
     if goes_on and config.run.resume == "never":
         raise UserError(f"{run.checkpoints} holds checkpoints already; go on with run.resume=auto or choose another")
+    hosts = gather_json(socket.gethostname(), ranks.device)
+
+    def begin() -> None:
+        step, name = (origin.checkpoint.manifest.step, origin.checkpoint.name) if origin.checkpoint else (0, "")
+        attempt.begin(step, ranks.world, len(set(hosts)), name)
+
+    if run.exists:  # so that a start counts which memory or a fault ends before its first step
+        begin()
+    watchdog.progress("loading", extra=origin.patience)
     task, taken = together(lambda: _build_task(config, ranks.device, dtype, new=not goes_on), ranks.device)
     if goes_on:
         origin.attempt(lambda checkpoint: _take_over(run, task, checkpoint))
@@ -150,10 +160,9 @@ def _train(
     held_out = together(lambda: _open_held_out(config, ranks), ranks.device)
     keep = Retention(config.run.keep, config.run.keep_every, config.run.keep_best, task.score)
 
-    hosts = gather_json(socket.gethostname(), ranks.device)
     if ranks.is_main:
         run.claim(ranks.world)
-        attempt.begin(clock.step, ranks.world, len(set(hosts)))
+        begin()
         if run.replaced.is_file():
             drop_lines_after(run.replaced, clock.step)
         notes = [f"damaged checkpoint passed over: {fault}" for fault in origin.faults]
@@ -181,14 +190,22 @@ def _train(
     seen = SampleLog(run.seen, ranks, clock.step) if config.run.log_samples else None
     if on_any_rank([stop.signal > 0], ranks.device)[0]:
         raise AskedToStop("asked to, before the first step; go on with run.resume=auto")
-    with contextlib.closing(saving.Saver(folder, {MODEL: engine}, keep, ranks)) as saver:
+    if guard.must_go_back:  # it was stopped before it could
+        watchdog.progress("going back", extra=origin.patience)
+        go_back(config, folder, events, guard, clock.passed_over, ranks)
+    with (
+        contextlib.closing(saving.Saver(folder, {MODEL: engine}, keep, ranks)) as saver,
+        contextlib.ExitStack() as leaving,
+    ):
+        leaving.callback(watchdog.progress, "the end of the last save", extra=saver.patience)
         while clock.step < config.run.steps:
             watchdog.progress("step", clock.step + 1)
             lr = learning_rate(config.optim, clock.samples, config.run.steps * config.batch.size)
             passed_over = clock.step + 1 in clock.passed_over
             losses: list[tuple[list[int], torch.Tensor]] = []
             for _ in range(engine.accumulation):
-                batch = speed.wait_for(batches)
+                with distributed.own_errors(ranks):
+                    batch = speed.wait_for(batches)
                 clock.taken += len(batch) * ranks.world
                 replaced += batch.replaced
                 if passed_over:
@@ -218,9 +235,10 @@ def _train(
                 watchdog.progress("waiting for a checkpoint", clock.step, extra=saver.patience)
                 saver.wait()
             if spiked:
-                go_back(config, folder, events, guard, clock.step, ranks)
+                watchdog.progress("going back", clock.step, extra=saver.patience)
+                go_back(config, folder, events, guard, clock.passed_over, ranks)
             stopping = max((vitals.stop for vitals in everyone), default=0)
-            attempt.now("training", clock.step, checkpoint=saver.newest)
+            attempt.now("training", clock.step, **({"checkpoint": saver.newest} if saver.newest else {}))
             saving_now = last or stopping > 0 or clock.step % config.run.save_every == 0
             if saving_now or clock.step % config.run.log_every == 0:
                 values = means.reduce()
@@ -230,7 +248,10 @@ def _train(
                     values |= {"lr": lr, "grad_norm": result.grad_norm}
                 late, slow = stragglers.report()
                 values |= {"memory_gb": memory_gb(ranks.device), **late}
-                values |= {"skipped_steps": len(clock.skipped_steps), "replaced": clock.replaced}
+                values |= {"skipped_steps": len(clock.skipped_steps), "clipped_steps": guard.clipped}
+                values |= {"replaced": clock.replaced}
+                if math.isfinite(guard.limit):
+                    values["clip_limit"] = guard.limit
                 writer.scalars(clock.step, values)
                 for fault in slow:
                     events.add("straggler", clock.step, **fault)
@@ -249,11 +270,12 @@ def _train(
             due = preview is not None and not in_haste and (last or clock.step % preview.every == 0)
             if due and (last or not on_any_rank([stop.signal > 0], ranks.device)[0]):
                 attempt.now("sampling")
-                watchdog.progress("preview", clock.step)
                 with speed.paused("preview"):
                     assert preview is not None
                     assert isinstance(task, LatentDiffusionTask)
-                    sample_preview(preview, task, engine, writer, clock.step)
+                    alive = functools.partial(watchdog.progress, "preview", clock.step)
+                    sample_preview(preview, task, engine, writer, clock.step, alive)
+            clock.guard = guard.state()
             if saving_now or clock.step % config.health.check_every == 0:
                 desync.check(engine, task.frozen_parts(), asdict(clock), hosts)
             if saving_now:
@@ -261,7 +283,6 @@ def _train(
                 watchdog.progress("saving", clock.step, extra=saver.patience)
                 with speed.paused("saving"):
                     clock.data = loader.state(gather_json(loader.take_finished(), ranks.device))
-                    clock.guard = guard.state()
                     state = {"clock": asdict(clock), "facts": task.facts(), "config": config.model_dump(mode="json")}
                     saver.save(saving.describe({MODEL: engine}, clock.step, scores=scores, **state))
                     if stopping or last:
@@ -358,9 +379,8 @@ def _list_replaced(run: RunFolder, step: int, replaced: list[Replacement], ranks
     replaced.clear()
     lines = [item for items in gathered for item in items]
     if ranks.is_main and lines:
-        with run.replaced.open("a", encoding="utf-8") as file:
-            for item in sorted(lines, key=lambda item: item["position"]):
-                file.write(json.dumps({"step": step} | item) + "\n")
+        lines.sort(key=lambda item: item["position"])
+        append_json(run.replaced, *({"step": step} | item for item in lines))
     return len(lines)
 
 

@@ -33,11 +33,14 @@ def note_spike(
         for positions, loss in micro_batches
     ]
     suspects = [item for item in told if not math.isfinite(item["loss"])]
-    suspects = suspects or [max(told, key=lambda item: abs(item["loss"]))]
-    worst = ", ".join(
+    if result.applied and not suspects:
+        suspects = [max(told, key=lambda item: abs(item["loss"]))]
+    worst = "loss of " + ", ".join(
         f"rank {item['rank']} ({item['host']}) at positions {', '.join(map(str, item['positions']))}: {item['loss']:g}"
         for item in suspects
     )
+    if not suspects:
+        worst = "all losses are finite, so something overflowed in the backward pass"
     if result.applied:
         kind, what = "spike", f"gradient norm {result.grad_norm:.3g}, usual are {guard.mean:.3g}"
     else:
@@ -46,30 +49,29 @@ def note_spike(
     norm = result.grad_norm if math.isfinite(result.grad_norm) else None
     suspects = [item | {"loss": str(item["loss"])} for item in suspects]  # JSON has no NaN
     facts = {"positions": positions, "suspects": suspects, "grad_norm": norm}
-    events.add(kind, step, f"{what}; loss of {worst}", **facts)
+    events.add(kind, step, f"{what}; {worst}", **facts)
 
 
 def go_back(
-    config: AnyTraining, folder: CheckpointFolder, events: EventLog, guard: Guard, last: int, ranks: Ranks
+    config: AnyTraining, folder: CheckpointFolder, events: EventLog, guard: Guard, passed_over: list[int], ranks: Ranks
 ) -> None:
-    """End the run so that it goes on at the newest checkpoint before the spikes, and without their samples.
+    """End the run so that it goes on at the newest checkpoint before the spikes, without their samples (collective).
 
     Args:
-        last: the step just done.
+        passed_over: steps of earlier returns.
     Raises:
         RolledBack: it can; on all ranks.
         UserError: it has done so too often, or there is no such checkpoint.
     """
-    health, first = config.health, guard.first_spike
+    health, first, last = config.health, guard.spiked[0], guard.spiked[-1]
     what = f"the gradient norm spiked from step {first} on ({health.spike_steps} times in a row)"
     advice = "lower optim.lr or look at these samples, which events.jsonl lists"
     if guard.rollbacks >= health.rollbacks:
         raise UserError(f"{what}, after {guard.rollbacks} returns to an earlier checkpoint already; {advice}")
 
     def amended(clock: dict[str, Any]) -> dict[str, Any]:
-        passed_over = sorted({*clock.get("passed_over", []), *range(first, last + 1)})
         state = Guard.state_gone_back(clock.get("guard"), guard.rollbacks + 1)
-        return clock | {"passed_over": passed_over, "guard": state}
+        return clock | {"passed_over": sorted({*passed_over, *guard.spiked}), "guard": state}
 
     def roll_back() -> str:
         try:

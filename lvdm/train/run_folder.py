@@ -48,6 +48,11 @@ class RunFolder:
         self.samples = self.path / "samples"
         self.tensorboard = self.path / "tensorboard"
 
+    @property
+    def exists(self) -> bool:
+        """Whether the folder is a run's, this start's (`claim`) or that of one before."""
+        return (self.path / "config.yaml").is_file()
+
     def enter(self) -> list[str]:
         """Check that this config may start or go on here; nothing is written.
 
@@ -58,7 +63,7 @@ class RunFolder:
             starts in a row came to nothing.
         """
         resume, held = self.config.run.resume, self.path / "config.yaml"
-        if not held.is_file():
+        if not self.exists:
             if resume == "must" and not self.config.run.checkpoints:
                 raise UserError(f"run.resume=must, but {self.path} holds no run")
             if self.path.is_dir() and any(not path.name.startswith(".") for path in self.path.iterdir()):

@@ -52,12 +52,21 @@ def validate(
 
 
 def sample_preview(
-    config: PreviewConfig, task: LatentDiffusionTask, engine: Engine, writer: MetricsWriter, step: int
+    config: PreviewConfig,
+    task: LatentDiffusionTask,
+    engine: Engine,
+    writer: MetricsWriter,
+    step: int,
+    alive: Callable[[], None],
 ) -> None:
-    """Sample the preview's captions with the averaged weights, by all ranks."""
+    """Sample the preview's captions with the averaged weights, by all ranks.
+
+    Args:
+        alive: called at each step of the sampler.
+    """
     ranks = engine.ranks
     with engine.averaged_weights(), engine.evaluating():
-        clips_BTHWC = task.preview(engine, config, ranks.rank, ranks.world)
+        clips_BTHWC = task.preview(engine, config, ranks.rank, ranks.world, lambda done, total: alive())
     everyones_BTHWC = gather_rows(clips_BTHWC.to(ranks.device)).cpu().numpy()
     writer.clips(step, everyones_BTHWC[: len(config.prompts)], config.prompts, config.fps)
 

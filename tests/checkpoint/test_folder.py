@@ -57,11 +57,12 @@ def everything(root: str) -> set[str]:
     return {os.path.relpath(name, path) for name in fs.find(path)} - {"."}  # some stores keep empty folders
 
 
-def spoil(root: str, step: int, name: str = "rank-00001") -> None:
-    """Cut a byte off a file."""
+def spoil(root: str, step: int, name: str = "rank-00001", end: Callable[[int], bytes] = lambda last: b"") -> None:
+    """Put ``end`` of a file's last byte in its place: cut it off, if nothing else is said."""
     fs, path = storage.locate(f"{root}/{step_name(step)}")
     (file,) = [file for file in fs.find(path) if name in file]
-    fs.pipe_file(file, fs.cat_file(file)[:-1])
+    data = fs.cat_file(file)
+    fs.pipe_file(file, data[:-1] + end(data[-1]))
     fs.invalidate_cache()
 
 
@@ -272,6 +273,14 @@ def test_a_run_goes_back_to_the_newest_whole_one_before_a_step_with_another_cloc
     assert (steps(root), folder.pointed_at("best")) == ([5, 2], "step-00000002")
     with pytest.raises(UserError, match="step-00000003"):
         open_checkpoint(f"{root}/step-00000003")
+
+
+def test_a_run_does_not_go_back_to_one_with_a_flipped_bit(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        write_checkpoint(tmp_path, step)
+    spoil(str(tmp_path), 2, end=lambda last: bytes([last ^ 1]))
+    assert CheckpointFolder(tmp_path).roll_back(3, later) == "step-00000001"
+    assert open_checkpoint(tmp_path).manifest.clock["passed_over"] == [3, 4]
 
 
 def test_nothing_is_given_up_for_one_that_cannot_be_read_just_now(

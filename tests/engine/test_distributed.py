@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import warnings
@@ -18,7 +19,7 @@ import torch
 from lvdm.engine import distributed
 from lvdm.engine.distributed import lost_a_device, lost_a_rank
 from lvdm.engine.meeting import device_index, shared_devices
-from lvdm.errors import UserError
+from lvdm.errors import UserError, command_line
 from tests.conftest import Toy
 from tests.ranks import run_ranks
 from tests.train.runs import run
@@ -58,6 +59,36 @@ def test_ranks_that_share_a_device_are_named() -> None:
 def test_a_failed_device_is_told_from_memory_that_ran_out_and_from_mistakes(error: Exception, lost: bool) -> None:
     assert lost_a_device(error) is lost
     assert not lost_a_rank(error)
+
+
+def test_what_one_rank_meets_alone_it_says_itself(capfd: pytest.CaptureFixture[str]) -> None:
+    for rank, said in ((0, ""), (3, f"rank 3 on {socket.gethostname()}: the shard is gone\n")):
+        ranks = distributed.Ranks(rank, 4, torch.device("cpu"))
+        with pytest.raises(UserError, match=r"^the shard is gone$"), distributed.own_errors(ranks):
+            raise UserError("the shard is gone")
+        assert capfd.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("env", "speaks"),
+    [
+        ({}, True),
+        ({"RANK": "0"}, True),
+        ({"RANK": "3"}, False),
+        ({"RANK": "3", "SLURM_PROCID": "0"}, False),  # torchrun in a job
+        ({"SLURM_PROCID": "3"}, True),  # srun: this node alone may lack the file
+    ],
+)
+def test_bad_input_is_said_by_rank_0_and_under_srun_by_all(
+    env: dict[str, str], speaks: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended, command_line("train"):
+        raise UserError("no such file")
+    assert (ended.value.code, capfd.readouterr().err) == (2, "train: error: no such file\n" * speaks)
 
 
 def facts(trees: list[dict[str, Any]]) -> dict[str, Any]:

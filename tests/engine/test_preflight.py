@@ -145,6 +145,12 @@ def fleet(nodes: int = 2, **facts: Any) -> list[Findings]:
     return [Findings(rank=rank, host=f"n{rank // 2}", node=rank // 2 * 2, **facts) for rank in range(2 * nodes)]
 
 
+def test_ranks_must_be_numbered_node_by_node(tmp_path: Path) -> None:
+    everyone = [replace(one, host=f"n{one.rank % 2}") for one in fleet()]
+    with pytest.raises(UserError, match=r"here: rank 0 on n0, rank 1 on n1 are .* one node; .*distribution=block\)$"):
+        judge(config_of(tmp_path), everyone)
+
+
 def test_gpus_too_small_for_the_state_are_refused_with_what_to_change(tmp_path: Path) -> None:
     everyone = fleet(needs_device=90 * GB, device=Device("A100", 80 * GB, 79 * GB))
     with pytest.raises(UserError) as refused:

@@ -14,9 +14,13 @@ import pytest
 import torch
 
 from lvdm.attempts import read_attempts
+from lvdm.engine import watchdog
+from lvdm.engine.distributed import Ranks
+from lvdm.engine.meeting import MeetingPlace
 from lvdm.engine.verdict import Beat, blame
 from lvdm.errors import EXIT_STALLED
 from tests.conftest import Toy
+from tests.data.stores import free_port
 from tests.engine import watchdog_cases
 from tests.ranks import Launch, run_ranks
 from tests.train.runs import state_of
@@ -69,6 +73,28 @@ def test_beats_travel_as_text() -> None:
     assert Beat.load(beat(3).dump().encode()) == beat(3)
 
 
+def test_a_rank_whose_connection_breaks_makes_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    port, connect, tries = free_port(), torch.distributed.TCPStore, []
+    server = connect("127.0.0.1", port, is_master=True, wait_for_workers=False)
+
+    def connecting(*where: Any, **how: Any) -> Any:
+        tries.append(where)
+        if len(tries) == 1:
+            raise torch.distributed.DistNetworkError("reset by peer")
+        return connect(*where, **how)
+
+    monkeypatch.setattr(torch.distributed, "TCPStore", connecting)
+    monkeypatch.setattr(watchdog, "meeting_place", lambda: MeetingPlace("127.0.0.1", port, HOST, False, server))
+    over, ranks = threading.Event(), Ranks(1, 2, torch.device("cpu"))
+    line = watchdog._Line(ranks, lambda count: beat(1, count), over, threading.Event())
+    telling = threading.Thread(target=line.run, daemon=True)
+    telling.start()
+    wait_for(lambda: server.check(["lvdm/watchdog/1"]), timeout=10)
+    over.set()
+    telling.join(10)
+    assert (len(tries), telling.is_alive()) == (2, False)
+
+
 class Started:
     """Ranks that hang, one way or another; what they say goes into a folder of their own."""
 
@@ -104,7 +130,15 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., St
         launch.kill()
 
 
-KINDS = ("sleeps", "keeps the lock", "is stopped", "is suspended", "never comes", "dies while the ranks connect")
+KINDS = (
+    "sleeps",
+    "sleeps, and nobody listens",
+    "keeps the lock",
+    "is stopped",
+    "is suspended",
+    "never comes",
+    "dies while the ranks connect",
+)
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +196,10 @@ def test_hangs_of_all_kinds(hanging: dict[str, Started]) -> None:
     assert f"rank 1 on {HOST} is not in the collective in which the others wait: step 3 since" in reasons["0.reason"]
     assert "at sleep_in_python (tests/engine/watchdog_cases.py:" in reasons["0.reason"]
     assert [hanging["sleeps"].said(rank).count("stalled: ") for rank in range(3)] == [1, 0, 0], "not said once for all"
+
+    unheard = hanging["sleeps, and nobody listens"]
+    assert unheard.end(0, 1) == [EXIT_STALLED] * 2
+    assert "rank 1 on" in (unheard.folder / "0.reason").read_text()
 
     assert hanging["is stopped"].end(0) == [EXIT_STALLED]
     assert f"no answer from rank 1 on {HOST} (last heard of in " in hanging["is stopped"].said(0)

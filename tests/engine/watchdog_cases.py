@@ -39,6 +39,10 @@ def train(tree: dict[str, Any], folder: str) -> str:
 def work(case: str, limit: float, folder: str) -> str:
     """Steps of a collective each under a watchdog, until the case has its way; how it ended, if this rank can say."""
     stem = speak_into(folder)
+    if case == "sleeps, and nobody listens":
+        reader, writer = os.pipe()
+        os.dup2(writer, 2)
+        os.close(reader)
     beats = 0
 
     def often() -> None:
@@ -83,6 +87,7 @@ def sleep_in_python() -> None:
 
 FAULTS: dict[str, Callable[[], Any]] = {
     "sleeps": sleep_in_python,
+    "sleeps, and nobody listens": sleep_in_python,
     "keeps the lock": lambda: ctypes.PyDLL(None).sleep(120),
     "is stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
 }

@@ -60,7 +60,7 @@ def test_one_huge_norm_moves_the_statistics_by_no_more_than_the_largest_allowed(
     assert one.mean < allowed < 2 * one.mean
     assert one.see(101, 1e30)
     assert not other.see(101, allowed)
-    assert one.state() == other.state() | {"spikes": [101]}
+    assert one.state() == other.state() | {"spikes": [101], "clipped": other.clipped + 1}
     assert guard(clip_sigmas=0, state=one.state()).limit == math.inf
 
 
@@ -82,9 +82,11 @@ def test_spikes_in_a_row_send_the_run_back_and_single_ones_do_not() -> None:
         assert not one.must_go_back
     assert one.state()["spikes"] == [105, 106]
     assert one.see(107, math.inf)
-    assert (one.must_go_back, one.first_spike) == (True, 105)
-    assert not one.see(108, mean)  # while the other ranks are told
-    assert (one.must_go_back, one.first_spike) == (True, 105)
+    assert (one.must_go_back, one.spiked) == (True, range(105, 108))
+    for again in (mean, math.inf):  # while the other ranks are told
+        later = guard(one.state())
+        later.see(108, again)
+        assert (later.must_go_back, later.spiked) == (True, range(105, 108))
 
 
 def test_before_the_statistics_are_good_only_what_is_not_finite_is_a_spike() -> None:
@@ -94,7 +96,7 @@ def test_before_the_statistics_are_good_only_what_is_not_finite_is_a_spike() -> 
         assert not one.must_go_back
         assert one.see(step, math.inf)
         assert never.see(step, math.inf)
-    assert (one.first_spike, never.must_go_back) == (20, False)
+    assert (one.spiked, never.must_go_back) == (range(20, 23), False)
     assert one.state()["steps"] == 19
 
 
@@ -105,7 +107,7 @@ def test_a_run_that_goes_on_has_the_same_guard() -> None:
         for step, norm in enumerate(seen[:cut], start=1):
             assert straight.see(step, norm) == first.see(step, norm)
         second = guard(json.loads(json.dumps(first.state())))
-        assert (second.must_go_back, second.first_spike) == ((True, 61) if cut == 63 else (False, 0))
+        assert second.spiked == (range(61, 64) if cut == 63 else range(0))
         for step, norm in enumerate(seen[cut:], start=cut + 1):
             assert straight.limit == second.limit
             assert straight.see(step, norm) == second.see(step, norm)

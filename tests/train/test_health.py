@@ -87,8 +87,9 @@ class Runs:
             once=(self.spike, {"health__rollbacks": 0}, ""),
             one=(self.one, {"run__steps": 5, "health__warmup_steps": 4}, ""),
             flip=(toy.latents, {}, "flip 10"),
+            cut=(self.spike, {"run__steps": 5, "health__spike_steps": 0}, ""),
         )
-        for name, steps in {"spike_reference": [4, 5, 6], "nan_reference": [5]}.items():
+        for name, steps in {"spike_reference": [4, 5], "nan_reference": [5]}.items():
             shutil.copytree(self.root / "straight", self.root / name)
             self.amend(name, steps)
         usual = Guard(HealthConfig(warmup_steps=4))
@@ -103,6 +104,7 @@ class Runs:
                 self.one, {"run__steps": 5, "optim__clip_grad_norm": self.limit, "health__clip_sigmas": 0}, ""
             ),
             flip=(toy.latents, {}, ""),
+            cut=(self.spike, {}, ""),
             slow=(toy.latents, {"run__steps": 13, "run__log_every": 4}, "slow"),
         )  # fmt: skip
 
@@ -172,7 +174,7 @@ def test_a_batch_that_gives_nan_on_one_rank_is_skipped_by_all_and_named(runs: Ru
 def test_a_spike_sends_the_run_back_and_on_without_its_samples(runs: Runs) -> None:
     back, end = runs.ended["spike"]
     told = "the gradient norm spiked from step 4 on (2 times in a row); back to step-00000003, then on without the "
-    assert back.startswith(f"RolledBack: {told}samples of steps 4 to 6; ")
+    assert back.startswith(f"RolledBack: {told}samples of steps 4 to 5; ")
     assert end == "done"
     *spikes, rolled_back = runs.events("spike")
     assert [(event["kind"], event["step"], event["positions"]) for event in spikes[:2]] == [
@@ -182,9 +184,17 @@ def test_a_spike_sends_the_run_back_and_on_without_its_samples(runs: Runs) -> No
     assert all(suspect["host"] == HOST for event in spikes for suspect in event["suspects"])
     assert rolled_back["kind"] == "rolled_back"
     clock = open_checkpoint(runs.root / "spike").manifest.clock
-    assert (clock["passed_over"], clock["guard"]["rollbacks"]) == ([4, 5, 6], 1)
+    assert (clock["passed_over"], clock["guard"]["rollbacks"]) == ([4, 5], 1)
     assert runs.same("spike", "spike_reference")
     assert not runs.same("spike", "straight")
+
+
+def test_a_run_that_was_stopped_at_its_last_spike_goes_back_as_one_that_was_not(runs: Runs) -> None:
+    end, back = runs.ended["cut"]
+    assert end == "done"
+    assert back == runs.ended["spike"][0]
+    newest = open_checkpoint(runs.root / "cut").manifest
+    assert (newest.step, newest.clock["passed_over"], newest.clock["guard"]["rollbacks"]) == (3, [4, 5], 1)
 
 
 def test_one_return_too_many_is_an_error(runs: Runs) -> None:
@@ -200,6 +210,7 @@ def test_a_single_spike_is_clipped_to_what_is_usual_and_no_more(runs: Runs) -> N
     norms = [line["grad_norm"] for line in log_of(runs.root / "one")]
     assert max(norms[:4]) < runs.limit < norms[4] / 10
     assert event["grad_norm"] == norms[4]
+    assert [line["clipped_steps"] for line in log_of(runs.root / "one")] == [0, 0, 0, 0, 1]
     assert runs.same("one", "one_reference")
 
 
