@@ -9,7 +9,7 @@ import pytest
 
 from lvdm import storage
 from lvdm.errors import UserError
-from lvdm.storage import Missing, atomic_file, cache_folder, cached_copy, locate, sha256_of
+from lvdm.storage import Missing, append_json, atomic_file, cache_folder, cached_copy, locate, sha256_of
 from tests.data.stores import web_server
 
 
@@ -30,6 +30,15 @@ def test_a_file_is_replaced_whole_or_kept(tmp_path: Path) -> None:
         assert target.read_text() == "old"
     assert target.read_text() == "new"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_lines_are_added_behind_one_that_a_kill_cut_short(tmp_path: Path) -> None:
+    append_json(tmp_path / "log", {"a": 1}, {"a": 2})
+    with (tmp_path / "log").open("a") as file:
+        file.write('{"a": ')
+    append_json(tmp_path / "log", {"a": 3})
+    append_json(tmp_path / "log", {"a": 4})
+    assert (tmp_path / "log").read_text().split("\n") == ['{"a": 1}', '{"a": 2}', '{"a": ', '{"a": 3}', '{"a": 4}', ""]
 
 
 def test_unknown_stores_are_refused_in_one_line() -> None:

@@ -211,6 +211,11 @@ def test_events_are_counted_and_checkpoints_found_beside_the_run(tmp_path: Path)
     found = read_run(folder, NOW)
     assert found.events == {"non_finite": 2, "straggler": 1, "rolled_back": 1}
     assert (found.checkpoint, found.checkpoints) == ("step-00000300", str(elsewhere))
+    (folder / "config.yaml").write_text(
+        f"run:\n  folder: {tmp_path.name}/{folder.name}\n  checkpoints: {tmp_path.name}/elsewhere\n"
+    )
+    found = read_run(folder)  # as it was started, from the folder above
+    assert (found.checkpoint, found.checkpoints) == ("step-00000300", str(elsewhere))
     (elsewhere / "latest").write_text("../../etc/passwd")
     assert read_run(folder, NOW).checkpoint == "step-00000200"
 
