@@ -1,4 +1,4 @@
-"""A SLURM of seven nodes on this machine, started by sandbox.sh."""
+"""A SLURM of ten nodes on this machine, started by sandbox.sh."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ _CONF = "\n".join(
         ("second", "n[3-4]", "PreemptMode=REQUEUE GraceTime=60"),
         ("third", "n[5-6]", "PreemptMode=REQUEUE GraceTime=60"),
         ("given-up", "n7", "PreemptMode=CANCEL GraceTime=0"),
+        ("spare", "n[8-10]", "PreemptMode=REQUEUE GraceTime=60"),
     )
 )
 
@@ -31,7 +32,7 @@ class Unavailable(Exception):
 
 
 class Cluster:
-    """The nodes n1 to n7; partitions debug and urgent of all, first, second and third of two each, given-up of one."""
+    """The nodes n1 to n10; partitions debug and urgent of all, and those of `_CONF`."""
 
     def __init__(self, folder: Path) -> None:
         """Start it. Raises `Unavailable` with the reason."""
@@ -39,8 +40,8 @@ class Cluster:
         self._env = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         self._env |= {
             "SLURM_SANDBOX_DIR": str(folder),
-            "SLURM_SANDBOX_NODES": "7",
-            "SLURM_SANDBOX_PORT": str(random.randrange(45000, 59000, 10)),
+            "SLURM_SANDBOX_NODES": "10",
+            "SLURM_SANDBOX_PORT": str(random.randrange(10000, 19000, 20)),
             "SLURM_SANDBOX_OWNER": str(os.getpid()),
             "SLURM_SANDBOX_KILLWAIT": "20",
             "SLURM_SANDBOX_GRACE": "60",

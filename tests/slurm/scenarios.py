@@ -41,10 +41,11 @@ class Scenarios:
     """All of them at the same time, on nodes of their own: most of their time is waiting."""
 
     def __init__(self, cluster: Cluster, toy: Toy, folder: Path) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=5)
+        self._pool = ThreadPoolExecutor(max_workers=6)
         self._cluster, self._toy = cluster, toy
         self.preempted = self._start(self._run_preempted, folder / "preempted")
-        self.shrunk = self._start(self._run_shrunk, folder / "shrunk")
+        self.shrunk = self._start(self._run_until_a_node_dies, folder / "shrunk", "second", "1-2", "n4")
+        self.moved = self._start(self._run_until_a_node_dies, folder / "moved", "spare", "2", "n8")
         self.chain = self._start(self._run_chain, folder / "chain")
         self.unbroken_4 = self._start(self._run_unbroken, folder / "unbroken_4", 4, 30, 4)
         self.unbroken_2 = self._start(self._run_unbroken, folder / "unbroken_2", 2, 20, 8)
@@ -88,13 +89,13 @@ class Scenarios:
         ended = self._cluster.end_of(other, PATIENCE)
         return Outcome(folder, job, self._cluster.end_of(job, PATIENCE), {"urgent": ended})
 
-    def _run_shrunk(self, folder: Path) -> Outcome:
-        """One or two nodes of a task each; one of two loses its power."""
+    def _run_until_a_node_dies(self, folder: Path, partition: str, nodes: str, victim: str) -> Outcome:
+        """Two nodes of a task each, of which one loses its power."""
         write_config(self._tree(folder, 20, 8), folder / "run.yaml")  # steps long enough for a node to die in one
-        options = ("--partition=second", "--nodes=1-2", "--ranks-per-node=1", "--job-name=shrunk")
+        options = (f"--partition={partition}", f"--nodes={nodes}", "--ranks-per-node=1", f"--job-name={folder.name}")
         job = self._cluster.submit(*options, "train.sbatch", "run.yaml", cwd=folder)
         self._wait_for_step(folder / "run", 4, job)
-        assert self._cluster.sandbox("node-kill", "n4").returncode == 0
+        assert self._cluster.sandbox("node-kill", victim).returncode == 0
         return Outcome(folder, job, self._cluster.end_of(job, PATIENCE))
 
     def _run_chain(self, folder: Path) -> Outcome:

@@ -21,9 +21,7 @@ def test_a_job_that_slurm_preempts_is_requeued_and_ends_with_the_same_bits(scena
     ranks = outcome.folder / "logs" / f"preempted-{outcome.job}"
     assert "asked to by SIGUSR1, after step" in (ranks / "rank-0000.log").read_text()
     assert {file.name for file in ranks.glob("rank-*")} == {f"rank-{rank:04d}.log" for rank in range(4)}
-    found, wanted = state_of(outcome.folder / "run/checkpoints"), state_of(unbroken / "checkpoints")
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert same(outcome.folder / "run", unbroken)
     assert losses_of(outcome.folder / "run") == losses_of(unbroken)
 
 
@@ -34,6 +32,15 @@ def test_a_job_that_loses_a_node_goes_on_with_those_that_are_left(scenarios: Sce
     assert "start 1: 2 nodes (n[3-4])" in log
     assert "1 nodes (n3)" in log
     assert difference(outcome.folder / "run", unbroken) < 1e-5
+
+
+def test_a_job_whose_batch_host_dies_goes_on_with_the_same_bits_on_a_spare_node(scenarios: Scenarios) -> None:
+    outcome, unbroken = scenarios.moved.result(PATIENCE), scenarios.unbroken_2.result(PATIENCE)
+    log = (outcome.folder / f"slurm-moved-{outcome.job}.log").read_text()
+    assert outcome.ends == ("COMPLETED", 1, "0:0"), log
+    assert "start 1: 2 nodes (n[8-9])" in log
+    assert "start 2: 2 nodes (n[9-10])" in log
+    assert same(outcome.folder / "run", unbroken)
 
 
 def test_a_chain_of_jobs_runs_by_dependencies_with_a_task_of_its_array_killed(scenarios: Scenarios) -> None:
@@ -52,6 +59,12 @@ def test_a_chain_of_jobs_runs_by_dependencies_with_a_task_of_its_array_killed(sc
 def contents(folder: Path) -> dict[str, bytes]:
     """The shards in a folder and their tables."""
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix in {".tar", ".parquet"}}
+
+
+def same(folder: Path, unbroken: Path) -> bool:
+    """Whether the newest checkpoints of two runs hold the same tensors, moments and averages too, bit for bit."""
+    found, wanted = state_of(folder / "checkpoints"), state_of(unbroken / "checkpoints")
+    return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def difference(folder: Path, unbroken: Path) -> float:
