@@ -50,7 +50,10 @@ CASES = {
         nodes=2,
     ),
     "fault-of-one-rank": Case(
-        "[[ $SLURM_PROCID = 0 ]] || exit 1; exit 85", ("FAILED", 0, "1:0"), "failed with exit code 1; not", nodes=2
+        '[[ $SLURM_PROCID = 0 ]] || exit 1; trap "exit 85" TERM; for ((i = 0; i < 600; i++)); do sleep 0.1; done',
+        ("FAILED", 0, "1:0"),
+        "failed with exit code 1; not requeued",
+        nodes=2,
     ),
     "other-code": Case("exit 3", ("FAILED", 0, "3:0"), "failed with exit code 3; not requeued"),
     "other-code-of-one-rank": Case(
