@@ -20,11 +20,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "time-limit" in item.name)
 
 
+def _place() -> str:
+    """In memory, if that may hold scripts and devices: SLURM answers nobody while it saves its state, and checkpoints
+    keep the disk busy. Not below pytest's folders, whose names are too long for sockets."""
+    memory = "/dev/shm"
+    usable = os.path.isdir(memory) and not os.statvfs(memory).f_flag & (os.ST_NOEXEC | os.ST_NODEV)
+    return memory if usable else "/tmp"
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """Skips where SLURM cannot be started, unless LVDM_REQUIRE_SLURM says that it must (.ci/run)."""
-    # in memory, where it can be: SLURM answers nobody while it saves its state, and checkpoints keep the disk busy
-    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir=next(filter(os.path.isdir, ("/dev/shm", "/tmp")))))
+    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir=_place()))
     try:
         started = Cluster(folder)
     except Unavailable as reason:
