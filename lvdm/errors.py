@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 from collections.abc import Iterator
 
@@ -49,6 +50,17 @@ def rank_from_environment() -> int:
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
     return 0
+
+
+@contextlib.contextmanager
+def own_errors(rank: int) -> Iterator[None]:
+    """For what one rank may meet alone: it says so itself, since rank 0 only sees that it is gone."""
+    try:
+        yield
+    except (UserError, Requeue) as error:
+        if rank != 0:
+            print(f"rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
+        raise
 
 
 @contextlib.contextmanager

@@ -5,15 +5,12 @@ Objects travel between ranks as JSON, never as pickles.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import resource
-import socket
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -229,17 +226,6 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     received = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(received, rows.contiguous())
     return torch.stack(received, dim=1).flatten(0, 1)
-
-
-@contextlib.contextmanager
-def own_errors(ranks: Ranks) -> Iterator[None]:
-    """For what one rank may meet alone: it says so itself, since rank 0 only sees that it is gone."""
-    try:
-        yield
-    except (UserError, Requeue) as error:
-        if not ranks.is_main:
-            print(f"rank {ranks.rank} on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
-        raise
 
 
 def together(action: Callable[[], T], via: torch.device | torch.distributed.ProcessGroup) -> T:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from datetime import timedelta
 import torch
 
 from lvdm.engine.environment import World
-from lvdm.errors import Requeue, UserError
+from lvdm.engine.verdict import listed
+from lvdm.errors import Requeue, UserError, own_errors
 
 _LATE = 20.0  # seconds that ranks may come apart, however short a step may be: their imports take different times
 _ANSWER_LATER = 5.0  # seconds, for clocks that began at different times
@@ -77,10 +77,9 @@ def meet(world: World, device: torch.device, timeout_seconds: float) -> MeetingP
         if world.rank == 0 and (missing or shared):
             time.sleep(_PARTING)
     except torch.distributed.DistError as error:
-        message = f"cannot meet the other ranks at {address}:{port}: {str(error).splitlines()[0]}"
-        if world.rank != 0:  # whose errors are not printed, since rank 0's tell the same; here there may be no rank 0
-            print(f"rank {world.rank} on {socket.gethostname()}: {message}", file=sys.stderr, flush=True)
-        raise Requeue(message) from error
+        with own_errors(world.rank):  # there may be no rank 0
+            reason = str(error).splitlines()[0]
+            raise Requeue(f"cannot meet the other ranks at {address}:{port}: {reason}") from error
     if missing:
         raise Requeue(f"of {world.size} ranks, these did not come to {address}:{port} in time: {missing}")
     if shared:
@@ -93,8 +92,7 @@ def _wait_for_all(store: torch.distributed.Store, world: int, deadline: float) -
     missing = list(range(world))
     while missing := [rank for rank in missing if not store.check([_came(rank)])]:
         if time.monotonic() > deadline:
-            more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
-            return socket.gethostname(), ", ".join(map(str, missing[:_LISTED])) + more, ""
+            return socket.gethostname(), listed(missing, _LISTED), ""
         time.sleep(_LOOK)
     came = store.multi_get([_came(rank) for rank in range(world)])
     return socket.gethostname(), "", shared_devices([tuple(json.loads(place)) for place in came])

@@ -70,14 +70,20 @@ def blame(first: Sequence[Beat | None], last: Sequence[Beat | None]) -> str:
     return f"all ranks answer, and none is behind; rank 0 on {beats[0].host} is in {_whereabouts(beats[0])}"
 
 
+def listed(ranks: Sequence[int], most: int) -> str:
+    """The first ``most`` of ``ranks``, and how many more there are."""
+    more = f" and {len(ranks) - most} more" if len(ranks) > most else ""
+    return ", ".join(map(str, ranks[:most])) + more
+
+
 def _said(last: Sequence[Beat | None], ranks: Sequence[int]) -> str:
     known = [beat for rank in ranks if (beat := last[rank]) is not None]
     said = []
     if known:
         said.append(f"no answer from {_hosts(known)} (last heard of in {known[0].doing} since {known[0].since})")
-    never = [str(rank) for rank in ranks if last[rank] is None]
+    never = [rank for rank in ranks if last[rank] is None]
     if never:
-        said.append(f"no word ever from {_listed(never)}")
+        said.append(f"no word ever from {_numbered(never)}")
     return ", ".join(said)
 
 
@@ -86,15 +92,14 @@ def _named(beats: Sequence[Beat]) -> str:
 
 
 def _hosts(beats: Sequence[Beat]) -> str:
-    hosts: dict[str, list[str]] = {}
+    hosts: dict[str, list[int]] = {}
     for beat in beats:
-        hosts.setdefault(beat.host, []).append(str(beat.rank))
-    return ", ".join(f"{_listed(ranks)} on {host}" for host, ranks in hosts.items())
+        hosts.setdefault(beat.host, []).append(beat.rank)
+    return ", ".join(f"{_numbered(ranks)} on {host}" for host, ranks in hosts.items())
 
 
-def _listed(ranks: Sequence[str]) -> str:
-    more = f" and {len(ranks) - _LISTED} more" if len(ranks) > _LISTED else ""
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks[:_LISTED])}{more}"
+def _numbered(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {listed(ranks, _LISTED)}"
 
 
 def _whereabouts(beat: Beat) -> str:

@@ -33,7 +33,7 @@ from lvdm.engine.memory_plan import plan_of
 from lvdm.engine.optim import learning_rate
 from lvdm.engine.pulse import Pulse, Vitals
 from lvdm.engine.watchdog import Watchdog
-from lvdm.errors import AskedToStop, Requeue, UserError, rank_from_environment
+from lvdm.errors import AskedToStop, Requeue, UserError, own_errors, rank_from_environment
 from lvdm.models.build import parameter_count
 from lvdm.models.remat import checkpoint_blocks
 from lvdm.models.trainable import freeze_all_but
@@ -204,7 +204,7 @@ def _train(
             passed_over = clock.step + 1 in clock.passed_over
             losses: list[tuple[list[int], torch.Tensor]] = []
             for _ in range(engine.accumulation):
-                with distributed.own_errors(ranks):
+                with own_errors(ranks.rank):
                     batch = speed.wait_for(batches)
                 clock.taken += len(batch) * ranks.world
                 replaced += batch.replaced
@@ -275,8 +275,8 @@ def _train(
                     assert isinstance(task, LatentDiffusionTask)
                     alive = functools.partial(watchdog.progress, "preview", clock.step)
                     sample_preview(preview, task, engine, writer, clock.step, alive)
-            clock.guard = guard.state()
             if saving_now or clock.step % config.health.check_every == 0:
+                clock.guard = guard.state()
                 desync.check(engine, task.frozen_parts(), asdict(clock), hosts)
             if saving_now:
                 attempt.now("saving")

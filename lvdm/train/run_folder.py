@@ -40,6 +40,7 @@ class RunFolder:
         self.config = config
         self.path = Path(config.run.folder)
         self.checkpoints = config.run.checkpoints or str(self.path / "checkpoints")
+        self._resolved = self.path / "config.yaml"
         self.log = self.path / "log.jsonl"
         self.replaced = self.path / "replaced.jsonl"
         self.events = self.path / "events.jsonl"
@@ -51,7 +52,7 @@ class RunFolder:
     @property
     def exists(self) -> bool:
         """Whether the folder is a run's, this start's (`claim`) or that of one before."""
-        return (self.path / "config.yaml").is_file()
+        return self._resolved.is_file()
 
     def enter(self) -> list[str]:
         """Check that this config may start or go on here; nothing is written.
@@ -62,7 +63,7 @@ class RunFolder:
             UserError: the folder holds another run, ``resume=must`` finds none, a change is not allowed, or too many
             starts in a row came to nothing.
         """
-        resume, held = self.config.run.resume, self.path / "config.yaml"
+        resume = self.config.run.resume
         if not self.exists:
             if resume == "must" and not self.config.run.checkpoints:
                 raise UserError(f"run.resume=must, but {self.path} holds no run")
@@ -71,7 +72,7 @@ class RunFolder:
             return []
         if resume == "never":
             raise UserError(f"run.folder {self.path} already holds a run; go on with run.resume=auto or choose another")
-        changes = self.changes_from(read_tree(held), source=str(held))
+        changes = self.changes_from(read_tree(self._resolved), source=str(self._resolved))
         self._refuse_another_futile_start()
         return changes
 
@@ -106,7 +107,7 @@ class RunFolder:
     def claim(self, ranks: int) -> None:
         """Write the config and the environment of this start (main rank only)."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.path / "config.yaml", dump_yaml(self.config))  # first: it makes the folder a run's
+        write_text(self._resolved, dump_yaml(self.config))  # first: it makes the folder a run's
         environment = {"command": sys.argv, "ranks": ranks} | describe_environment()
         write_text(self.path / "environment.json", json.dumps(environment, indent=1) + "\n")
         self.images.mkdir(exist_ok=True)

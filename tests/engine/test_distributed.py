@@ -19,7 +19,7 @@ import torch
 from lvdm.engine import distributed
 from lvdm.engine.distributed import lost_a_device, lost_a_rank
 from lvdm.engine.meeting import device_index, shared_devices
-from lvdm.errors import UserError, command_line
+from lvdm.errors import UserError, command_line, own_errors
 from tests.conftest import Toy
 from tests.ranks import run_ranks
 from tests.train.runs import run
@@ -63,8 +63,7 @@ def test_a_failed_device_is_told_from_memory_that_ran_out_and_from_mistakes(erro
 
 def test_what_one_rank_meets_alone_it_says_itself(capfd: pytest.CaptureFixture[str]) -> None:
     for rank, said in ((0, ""), (3, f"rank 3 on {socket.gethostname()}: the shard is gone\n")):
-        ranks = distributed.Ranks(rank, 4, torch.device("cpu"))
-        with pytest.raises(UserError, match=r"^the shard is gone$"), distributed.own_errors(ranks):
+        with pytest.raises(UserError, match=r"^the shard is gone$"), own_errors(rank):
             raise UserError("the shard is gone")
         assert capfd.readouterr().err == said
 
