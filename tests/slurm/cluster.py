@@ -44,6 +44,7 @@ class Cluster:
             "SLURM_SANDBOX_PORT": str(random.randrange(10000, 19000, 20)),
             "SLURM_SANDBOX_OWNER": str(os.getpid()),
             "SLURM_SANDBOX_KILLWAIT": "20",
+            "SLURM_SANDBOX_REQUEUE": "15",  # as long may a busy node take to launch a step: its credential
             "SLURM_SANDBOX_GRACE": "60",
             "SLURM_SANDBOX_DOWN": "40",
             "SLURM_SANDBOX_MAX_S": "2400",
